@@ -85,8 +85,16 @@ class Pairs:
 
     def to(self, device: torch.device | str) -> Pairs:
         """Return the pairs on ``device``."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def take(self, rows: Tensor) -> Pairs:
+        """Return some of the pairs, by index or mask."""
+        return self._each(lambda tensor: tensor[rows])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Pairs:
         tensors = (self.clean, self.corrupt, self.position, self.correct, self.wrong)
-        return Pairs(*(t.to(device) for t in tensors), changed=self.changed)
+        clean, corrupt, position, correct, wrong = (change(tensor) for tensor in tensors)
+        return Pairs(clean, corrupt, position, correct, wrong, self.changed)
 
 
 @dataclass(frozen=True)

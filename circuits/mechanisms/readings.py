@@ -1,0 +1,207 @@
+"""What the tests of one-answer-token tasks read off a model: logits and neurons over the operand square."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from circuits.errors import BadInput, CorruptRun, UnsupportedModel
+from circuits.tasks.base import Role, Task
+
+MAX_ROWS = 16384
+"""Beyond this many operand pairs a seeded sample of the square is read (N = 113 is read whole)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Readings:
+    """A model's behaviour over the operand square of a task.
+
+    ``labels`` are indices into the task's ``answer_values``; ``neurons`` are MLP activations after the
+    non-linearity at the answer position, all layers side by side; ``importance`` is each neuron's mean
+    absolute attribution to the logit of the right answer.
+    """
+
+    operands: Int[Tensor, "rows 2"]
+    tokens: Int[Tensor, "rows pos"]
+    labels: Int[Tensor, " rows"]
+    split: Int[Tensor, " rows"]
+    logits: Float[Tensor, "rows n_answers"]
+    neurons: Float[Tensor, "rows n_neurons"]
+    importance: Float[Tensor, " n_neurons"]
+    layers: tuple[int, ...]
+
+    @property
+    def right(self) -> Bool[Tensor, " rows"]:
+        """Rows that the model answers rightly."""
+        return self.logits.argmax(-1) == self.labels
+
+
+def has_one_answer_token(task: Task) -> bool:
+    """Whether a task's answer is one token, so that one forward reads off everything."""
+    return int((task.roles == Role.ANSWER).sum()) == 1 and int((task.roles == Role.SCRATCHPAD).sum()) == 0
+
+
+def device_of(model: Any) -> torch.device:
+    """The device of a model's parameters."""
+    return next(model.parameters()).device
+
+
+def hooked(model: Any, hooks: list[tuple[str, Callable[..., Any]]]) -> AbstractContextManager[Any]:
+    """Context manager that puts forward hooks on a model and always takes them off again."""
+    return model.hooks(fwd_hooks=hooks)
+
+
+def mlp_layers(model: Any) -> tuple[int, ...]:
+    """Indices of the layers that have an MLP."""
+    return tuple(i for i in range(model.cfg.n_layers) if f"blocks.{i}.mlp.hook_post" in model.hook_dict)
+
+
+def square(task: Task, *, seed: int = 0, limit: int = MAX_ROWS) -> Int[Tensor, "rows 2"]:
+    """All operand pairs of a task in row-major order, or a seeded sample of ``limit`` of them."""
+    n = task.n_operand_values
+    if n * n <= limit:
+        flat = torch.arange(n * n)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        flat = torch.randint(n * n, (limit,), generator=generator).unique()
+    return torch.stack([flat // n, flat % n], dim=1)
+
+
+def split_of(task: Task, operands: Int[Tensor, "rows 2"]) -> Int[Tensor, " rows"]:
+    """The split of each operand pair: 0 train, 1 held out at random, 2 held-out block."""
+    n = task.n_operand_values
+    index = torch.full((n * n,), 0)
+    for number, name in enumerate(("train", "random", "block")):
+        if task.split_size(name):
+            members = task.examples(name).operands
+            index[members[:, 0] * n + members[:, 1]] = number
+    return index[operands[:, 0] * n + operands[:, 1]]
+
+
+def read(model: Any, task: Task, *, seed: int = 0) -> Readings:
+    """Logits, neurons and their importance over the operand square, from one forward and one backward.
+
+    Raises:
+        BadInput: the task's answer has more than one token, or the vocabularies differ.
+        CorruptRun: the model's logits are not finite.
+        UnsupportedModel: the model has no MLP.
+    """
+    if not has_one_answer_token(task):
+        raise BadInput(f"{task.name} has answers of several tokens; this test reads tasks with one answer token")
+    layers = mlp_layers(model)
+    if not layers:
+        raise UnsupportedModel("the model has no MLP (no blocks.*.mlp.hook_post); neuron tests need one")
+    device = device_of(model)
+    operands = square(task, seed=seed)
+    tokens = task.encode(operands).inputs.to(device)
+    answer_tokens = task.answer_tokens.to(device)
+    labels = torch.searchsorted(task.answer_values, task.answer(operands)).to(device)
+    logits, neurons, importance = [], [], torch.zeros(0, device=device)
+    for chunk, chunk_labels in zip(tokens.split(4096), labels.split(4096), strict=True):
+        chunk_logits, posts, gradients = _forward_backward(model, layers, chunk, answer_tokens, chunk_labels)
+        logits.append(chunk_logits)
+        neurons.append(posts)
+        part = (gradients * (posts - posts.mean(0))).abs().sum(0)
+        importance = importance + part if importance.numel() else part
+    stacked = torch.cat(logits)
+    if not torch.isfinite(stacked).all():
+        raise CorruptRun("the model's logits are not finite (NaN or infinity): its weights are damaged")
+    widths = tuple(layer for layer, p in zip(layers, _widths(model, layers), strict=True) for _ in range(p))
+    return Readings(
+        operands.to(device),
+        tokens,
+        labels,
+        split_of(task, operands).to(device),
+        stacked,
+        torch.cat(neurons),
+        importance / len(operands),
+        widths,
+    )
+
+
+def _widths(model: Any, layers: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(model.blocks[i].mlp.W_out.shape[-2]) for i in layers)
+
+
+def _forward_backward(
+    model: Any, layers: tuple[int, ...], tokens: Tensor, answer_tokens: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Answer logits, post-activations and the gradient of the right answer's centred logit, at the last position."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(activation: Tensor, hook: Any) -> Tensor:
+        if not activation.requires_grad:
+            activation = activation.detach().requires_grad_()
+        kept[hook.name] = activation
+        return activation
+
+    names = [f"blocks.{i}.mlp.hook_post" for i in layers]
+    with torch.enable_grad(), hooked(model, [(name, keep) for name in names]):
+        output = model(tokens)[:, -1]
+        if int(answer_tokens.max()) >= output.shape[-1]:
+            raise BadInput(
+                f"the model has {output.shape[-1]} output tokens but the task's answers go up to token "
+                f"{int(answer_tokens.max())}: task and model do not belong together"
+            )
+        logits = output[:, answer_tokens]
+        centred = logits.gather(1, labels[:, None]).squeeze(1) - logits.mean(1)
+        gradients = torch.autograd.grad(centred.sum(), [kept[n] for n in names])
+    posts = torch.cat([kept[n][:, -1].detach() for n in names], dim=-1)
+    return logits.detach(), posts, torch.cat([g[:, -1] for g in gradients], dim=-1)
+
+
+def answer_logits(
+    model: Any, task: Task, tokens: Int[Tensor, "rows pos"], hooks: list[tuple[str, Callable[..., Any]]] | None = None
+) -> Float[Tensor, "rows n_answers"]:
+    """Logits over the task's answers at the last position, with forward hooks in place."""
+    with torch.no_grad(), hooked(model, hooks or []):
+        return model(tokens)[:, -1][:, task.answer_tokens.to(tokens.device)]
+
+
+def group_index(task: Task, operands: Int[Tensor, "rows 2"]) -> tuple[Tensor, Tensor, Tensor, int] | None:
+    """Operands and answers renamed so that the answer is their sum modulo M: (a', b', kept rows, M).
+
+    Subtraction negates the second operand; multiplication modulo p takes discrete logarithms (zero operands are
+    dropped, M = p - 1); plain addition and subtraction use M = number of answers, so that nothing wraps around.
+    Returns None where the task has no such renaming.
+
+    Source: Chughtai et al. 2023 (arXiv 2302.03025), section 2, for the group view of modular tasks.
+    """
+    operation = getattr(task, "operation", None)
+    a, b = operands[:, 0], operands[:, 1]
+    kept = torch.ones_like(a, dtype=torch.bool)
+    modulus = task.period or len(task.answer_values)
+    if operation == "+":
+        return a, b, kept, modulus
+    if operation == "-":
+        return a, (-b) % modulus, kept, modulus
+    if operation == "*" and task.period:
+        logarithm = discrete_logarithm(task.period).to(a.device)
+        kept = (a > 0) & (b > 0)
+        return logarithm[a], logarithm[b], kept, task.period - 1
+    return None
+
+
+def discrete_logarithm(p: int) -> Int[Tensor, " p"]:
+    """Logarithm modulo the prime p to its smallest primitive root; -1 for zero."""
+    for root in range(1, p):
+        powers = [1]
+        for _ in range(p - 2):
+            powers.append(powers[-1] * root % p)
+        if len(set(powers)) == p - 1:
+            table = torch.full((p,), -1)
+            table[torch.tensor(powers)] = torch.arange(p - 1)
+            return table
+    raise BadInput(f"{p} is not prime: there is no primitive root")
+
+
+def angle(index: Tensor, frequency: Tensor | int, modulus: int) -> Tensor:
+    """2 pi * frequency * index / modulus, in radians."""
+    return index.float() * (2 * math.pi * float(frequency) / modulus)

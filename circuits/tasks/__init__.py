@@ -1,0 +1,39 @@
+"""Tasks: finite, verifiable worlds with a known true state behind every token."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from circuits.errors import UnknownName
+from circuits.tasks.arithmetic import Addition, ModularAddition
+from circuits.tasks.base import SPLITS, Batch, Pairs, Role, Task, Variable
+
+TASKS: dict[str, type] = {
+    "modular-addition": ModularAddition,
+    "addition": Addition,
+}
+"""Every task by its name."""
+
+__all__ = ["SPLITS", "TASKS", "Addition", "Batch", "ModularAddition", "Pairs", "Role", "Task", "Variable", "get"]
+
+
+def get(name: str, **parameters: object) -> Task:
+    """Return the task of that name with the given parameters (defaults elsewhere).
+
+    Args:
+        name: a key of ``TASKS``; underscores are accepted for hyphens.
+        parameters: fields of the task's dataclass.
+
+    Raises:
+        UnknownName: no task has that name, or the task has no such parameter.
+        BadInput: a parameter has a value that cannot be used.
+    """
+    key = name.replace("_", "-")
+    if key not in TASKS:
+        raise UnknownName("task", name, TASKS)
+    known = [field.name for field in dataclasses.fields(TASKS[key])]
+    for parameter in parameters:
+        if parameter not in known:
+            raise UnknownName(f"parameter of {key}", parameter, known)
+    task: Task = TASKS[key](**parameters)
+    return task

@@ -102,7 +102,8 @@ class Variable:
     """A candidate causal variable: a quantity that an algorithm for the task could compute inside.
 
     ``value(operands)`` is what it is on each input. ``swapped_answer(base, source)`` is the numeric answer
-    that the algorithm gives on ``base`` when the variable alone takes the value it has on ``source``.
+    that the algorithm gives on ``base`` when the variable alone takes the value it has on ``source``; it is the
+    task's ``undefined`` where there is no such answer (an operand would leave its range), and analyzers skip it.
     ``operand`` names the one operand (0 or 1) that it is a function of, or is None for a joint quantity.
     """
 
@@ -124,6 +125,16 @@ class Task(Protocol):
         ...
 
     @property
+    def d_vocab(self) -> int:
+        """Number of tokens."""
+        ...
+
+    @property
+    def n_ctx(self) -> int:
+        """Number of tokens that a model reads: one less than a whole sequence has."""
+        ...
+
+    @property
     def n_operand_values(self) -> int:
         """Each operand is an integer in [0, n_operand_values)."""
         ...
@@ -135,7 +146,7 @@ class Task(Protocol):
 
     @property
     def period(self) -> int | None:
-        """p where the arithmetic is modulo p, else None."""
+        """The modulus p of modular arithmetic, else None."""
         ...
 
     @property
@@ -146,6 +157,16 @@ class Task(Protocol):
     @property
     def answer_values(self) -> Int[Tensor, " n_answers"]:
         """The number that each of ``answer_tokens`` stands for, ascending."""
+        ...
+
+    @property
+    def undefined(self) -> int:
+        """The number that stands for "no answer"; never an answer (-1 where no answer is negative)."""
+        ...
+
+    @property
+    def pair_changes(self) -> tuple[str, ...]:
+        """The names that ``pairs`` accepts as ``change``; the first is the default."""
         ...
 
     def answer(self, operands: Int[Tensor, "batch 2"]) -> Int[Tensor, " batch"]:
@@ -178,6 +199,10 @@ class Task(Protocol):
 
     def verify(self, tokens: Int[Tensor, "batch length"]) -> Bool[Tensor, " batch"]:
         """Whether whole sequences are well formed and right, strictly."""
+        ...
+
+    def read_answer(self, tokens: Int[Tensor, "batch length"]) -> Int[Tensor, " batch"]:
+        """The number that each sequence gives as its answer, ``undefined`` where it gives none."""
         ...
 
     def variables(self) -> tuple[Variable, ...]:

@@ -1,0 +1,80 @@
+# `make study` and `make test` each do all of their own set-up, in a fresh clone, with nothing but Python 3.11+.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs/quick
+JOBS ?= 2
+# The index to take torch from; empty means the one that pip uses anyway. On Linux, PyPI serves the CUDA build of
+# several gigabytes: `make study TORCH_INDEX=https://download.pytorch.org/whl/cpu` takes the CPU build.
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+RUNTIME := $(VENV)/.installed
+TESTS := $(VENV)/.installed-test
+DOCS := $(VENV)/.installed-docs
+
+.PHONY: help study test lint types docs bench notebooks clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make study      set up, train and analyse the quick arithmetic study, write $(OUT)/report.html"
+	@echo "make test       set up, then linter, type checker, the whole test suite and the notebooks"
+	@echo "make docs       build the documentation into docs/_build/html, warnings are errors"
+	@echo "make bench      run the speed benchmarks"
+	@echo "make notebooks  run the notebooks again and keep their outputs"
+	@echo "make clean      remove the virtual environment, builds and caches (never runs/)"
+	@echo
+	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) OUT=$(OUT) JOBS=$(JOBS) TORCH_INDEX=$(TORCH_INDEX)"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, $(PYTHON) is %d.%d: try make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone, so that a separate index can serve it.
+$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(INSTALL) --editable .
+	@touch $@
+
+$(TESTS): $(RUNTIME)
+	$(INSTALL) --editable '.[test]'
+	@touch $@
+
+$(DOCS): $(RUNTIME)
+	$(INSTALL) --editable '.[docs]'
+	@touch $@
+
+study: $(RUNTIME)
+	$(BIN)/circuits study arithmetic-quick --out $(OUT)
+	@echo
+	@echo "The report is $(abspath $(OUT))/report.html: open it in a browser."
+
+# Everything runs even where something fails before it; pytest's summary comes last.
+test: $(TESTS)
+	@status=0; \
+	echo "ruff"; $(BIN)/ruff check . || status=1; $(BIN)/ruff format --check . || status=1; \
+	echo "mypy"; $(BIN)/mypy || status=1; \
+	echo "pytest"; $(BIN)/python -m pytest -n $(JOBS) --nbmake tests notebooks || status=1; \
+	exit $$status
+
+lint: $(TESTS)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(TESTS)
+	$(BIN)/mypy
+
+docs: $(DOCS)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
+	@echo "The documentation is docs/_build/html/index.html."
+
+bench: $(RUNTIME)
+	@for benchmark in benchmarks/*.py; do echo "$$benchmark"; $(BIN)/python $$benchmark || exit 1; done
+
+notebooks: $(TESTS)
+	$(BIN)/python -m pytest --nbmake --overwrite notebooks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info docs/_build docs/generated tests/artifacts
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,54 @@
+"""What every test shares: one torch thread, repeatable hypothesis runs, the published reference data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from jaxtyping import config as jaxtyping_config
+
+REFERENCE_DATA = "CIRCUITS_REFERENCE_DATA"
+
+# No deadline: a shared machine is slow now and then. Derandomised: the suite gives everybody the same answer.
+settings.register_profile("circuits", deadline=None, derandomize=True, database=None)
+settings.load_profile("circuits")
+
+# At these sizes a second thread is slower as soon as anything else runs (pytest-xdist is something else).
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _run_time_types(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let tests marked ``untyped`` reach the checks that meet users, who have no run-time types switched on."""
+    jaxtyping_config.update("jaxtyping_disable", request.node.get_closest_marker("untyped") is not None)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def reference_data() -> Path:
+    """The folder of published models; the test is skipped where there is none."""
+    return reference_folder()
+
+
+def reference_folder() -> Path:
+    """Return the folder of published models named by the environment, or skip the test with the reason."""
+    name = os.environ.get(REFERENCE_DATA)
+    if not name:
+        pytest.skip(f"{REFERENCE_DATA} is unset: it names a folder of published models to test against")
+    folder = Path(name)
+    if not folder.is_dir():
+        pytest.skip(f"{REFERENCE_DATA} is {name!r}, which is no folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def artifacts() -> Path:
+    """Where tests leave files for people to look at, such as screenshots; ignored by git."""
+    folder = Path(__file__).parent / "artifacts"
+    folder.mkdir(exist_ok=True)
+    return folder

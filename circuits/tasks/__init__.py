@@ -5,16 +5,29 @@ from __future__ import annotations
 import dataclasses
 
 from circuits.errors import UnknownName
-from circuits.tasks.arithmetic import Addition, ModularAddition
+from circuits.tasks.arithmetic import Addition, DigitAddition, ModularAddition
 from circuits.tasks.base import SPLITS, Batch, Pairs, Role, Task, Variable
 
 TASKS: dict[str, type] = {
     "modular-addition": ModularAddition,
     "addition": Addition,
+    "digit-addition": DigitAddition,
 }
 """Every task by its name."""
 
-__all__ = ["SPLITS", "TASKS", "Addition", "Batch", "ModularAddition", "Pairs", "Role", "Task", "Variable", "get"]
+__all__ = [
+    "SPLITS",
+    "TASKS",
+    "Addition",
+    "Batch",
+    "DigitAddition",
+    "ModularAddition",
+    "Pairs",
+    "Role",
+    "Task",
+    "Variable",
+    "get",
+]
 
 
 def get(name: str, **parameters: object) -> Task:

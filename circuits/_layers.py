@@ -1,0 +1,342 @@
+"""The parts of the transformer in ``model.py``: its config, its hook point and its layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint as LensHookPoint
+
+from circuits.errors import BadInput, UnknownName
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+NORMALIZATIONS = (None, "LN", "RMS")
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a transformer; sizes left as None are resolved on construction.
+
+    Raises:
+        BadInput: a size is not a positive integer, a name is unknown, or two fields contradict each other.
+    """
+
+    d_vocab: int
+    n_ctx: int
+    n_layers: int = 1
+    d_model: int = 64
+    n_heads: int = 4
+    d_head: int | None = None
+    """None: ``d_model // n_heads``."""
+    d_mlp: int | None = None
+    """None: ``4 * d_model``."""
+    d_vocab_out: int | None = None
+    """None: ``d_vocab``."""
+    act_fn: str = "relu"
+    gated: bool = False
+    normalization: str | None = None
+    causal: bool = True
+    attn_only: bool = False
+    tied: bool = False
+    """The unembedding is the transposed embedding."""
+    attn_bias: bool = False
+    mlp_bias: bool = True
+    unembed_bias: bool = False
+    softmax_share: float = 1.0
+    """Attention is ``softmax_share * softmax + (1 - softmax_share) * uniform``."""
+    uniform_weight: float | None = None
+    """What ``uniform`` is at each visible position; None: 1 / number of visible positions."""
+    init_std: float | None = None
+    """None: ``0.8 / sqrt(d_model)``."""
+    positional: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("d_vocab", "n_ctx", "n_layers", "d_model", "n_heads"):
+            self._check_size(name)
+        if self.d_head is None and self.d_model % self.n_heads:
+            raise BadInput(
+                f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}: change one or give d_head"
+            )
+        resolved = {"d_head": self.d_model // self.n_heads, "d_mlp": 4 * self.d_model, "d_vocab_out": self.d_vocab}
+        for name, value in resolved.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+            self._check_size(name)
+        if self.act_fn not in ACTIVATIONS:
+            raise UnknownName("activation function", str(self.act_fn), ACTIVATIONS)
+        if self.normalization not in NORMALIZATIONS:
+            raise BadInput(f"normalization {self.normalization!r}: expected None, 'LN' or 'RMS'")
+        if not 0 <= self.softmax_share <= 1:
+            raise BadInput(f"softmax_share {self.softmax_share!r}: expected a number from 0 to 1")
+        for name in ("uniform_weight", "init_std"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise BadInput(f"{name} {value!r}: expected None or a finite number of at least 0")
+        if self.tied and self.d_vocab_out != self.d_vocab:
+            raise BadInput(f"tied: d_vocab_out {self.d_vocab_out} must equal d_vocab {self.d_vocab}")
+
+    def _check_size(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise BadInput(f"{name} {value!r}: expected an integer of at least 1")
+
+
+class HookPoint(LensHookPoint):
+    """TransformerLens's hook point, which also refuses a result of another shape.
+
+    TransformerLens accepts any shape that broadcasts, and the numbers after it are silently wrong.
+    """
+
+    @property
+    def hooked(self) -> bool:
+        """Whether anybody listens or edits here."""
+        return bool(self._forward_hooks or self._backward_hooks or self._forward_pre_hooks)
+
+    def add_hook(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return TransformerLens's handle of ``hook``, whose results are checked from now on."""
+
+        def checked(tensor: Tensor, *, hook: Any, _user: Callable[..., Any] = hook) -> Any:
+            result = _user(tensor, hook=hook)
+            edited = result[0] if isinstance(result, tuple) and len(result) == 1 else result
+            if edited is not None and (not isinstance(edited, Tensor) or edited.shape != tensor.shape):
+                got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
+                raise BadInput(
+                    f"the hook on {self.name!r} returned {got}: expected a tensor of shape {tuple(tensor.shape)}, or None"
+                )
+            return result
+
+        handle = super().add_hook(checked, *args, **kwargs)
+        if handle is not None:
+            handle.user_hook = hook
+        return handle
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm; by the fused kernel unless ``hook_scale`` or ``hook_normalized`` is in use."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(config.d_model))
+        self.b = nn.Parameter(torch.zeros(config.d_model)) if config.normalization == "LN" else None
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Return ``x`` normalised, scaled and shifted."""
+        if not (self.hook_scale.hooked or self.hook_normalized.hooked):
+            if self.b is not None:
+                return F.layer_norm(x, self.w.shape, self.w, self.b, EPS)
+            return F.rms_norm(x, self.w.shape, self.w, EPS)
+        if self.b is not None:
+            x = x - x.mean(-1, keepdim=True)
+        scale = self.hook_scale((x.pow(2).mean(-1, keepdim=True) + EPS).sqrt())
+        y = self.hook_normalized(x / scale) * self.w
+        return y if self.b is None else y + self.b
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """Return the norm that the config names; without one, the identity."""
+    return nn.Identity() if config.normalization is None else Norm(config)
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose pattern is a mix of softmax and uniform weights."""
+
+    mask: Tensor | None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        heads, d_model, d_head = config.n_heads, config.d_model, config.d_head
+        assert d_head is not None  # resolved by ModelConfig
+        self.share, self.uniform_weight = config.softmax_share, config.uniform_weight
+        self.scale = 1 / math.sqrt(d_head)
+        for name in "QKV":
+            self.register_parameter(f"W_{name}", nn.Parameter(torch.empty(heads, d_model, d_head)))
+            bias = nn.Parameter(torch.zeros(heads, d_head)) if config.attn_bias else None
+            self.register_parameter(f"b_{name}", bias)
+        self.W_O = nn.Parameter(torch.empty(heads, d_head, d_model))
+        self.b_O = nn.Parameter(torch.zeros(d_model)) if config.attn_bias else None
+        mask = torch.full((config.n_ctx, config.n_ctx), -math.inf).triu(1) if config.causal else None
+        self.register_buffer("mask", mask, persistent=False)
+        self.hook_q_input, self.hook_k_input, self.hook_v_input = HookPoint(), HookPoint(), HookPoint()
+        self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
+        self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
+        self.hook_z, self.hook_result = HookPoint(), HookPoint()
+
+    def forward(self, resid: Float[Tensor, "batch pos d_model"], norm: nn.Module) -> Float[Tensor, "batch pos d_model"]:
+        """Return what the heads together write into the residual stream, which they read through ``norm``."""
+        # Split inputs are read first, so that a cache of the norm's hooks ends with the usual shape.
+        split = {name: self._read_split(name, resid, norm) for name in "QKV" if self._input_hook(name).hooked}
+        x = norm(resid)
+        v = self.hook_v(split["V"] if "V" in split else self._project("V", x))
+        pattern: Tensor | None = None
+        if self.share > 0 or self._scores_hooked():
+            q = self.hook_q(split["Q"] if "Q" in split else self._project("Q", x))
+            k = self.hook_k(split["K"] if "K" in split else self._project("K", x))
+            scores = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)) * self.scale
+            if self.mask is not None:
+                scores = scores + self.mask[: q.shape[1], : q.shape[1]]
+            pattern = torch.softmax(self.hook_attn_scores(scores), dim=-1)
+        if self.share < 1:
+            uniform = (1 - self.share) * self._uniform(v)
+            pattern = uniform if pattern is None else self.share * pattern + uniform
+        assert pattern is not None
+        if pattern.ndim == 2 and self.hook_pattern.hooked:
+            pattern = pattern.repeat(v.shape[0], v.shape[2], 1, 1)
+        z = self.hook_z((self.hook_pattern(pattern) @ v.transpose(1, 2)).transpose(1, 2))
+        if self.hook_result.hooked:
+            out = self.hook_result(torch.einsum("bphe,hed->bphd", z, self.W_O)).sum(2)
+            return out if self.b_O is None else out + self.b_O
+        return F.linear(z.flatten(2), self.W_O.flatten(0, 1).T, self.b_O)
+
+    def _input_hook(self, name: str) -> HookPoint:
+        return getattr(self, f"hook_{name.lower()}_input")
+
+    def _scores_hooked(self) -> bool:
+        points = (self.hook_q_input, self.hook_k_input, self.hook_q, self.hook_k, self.hook_attn_scores)
+        return any(point.hooked for point in points)
+
+    def _project(self, name: str, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos head d_head"]:
+        weight, bias = getattr(self, f"W_{name}"), getattr(self, f"b_{name}")
+        heads, d_model, d_head = weight.shape
+        flat = weight.transpose(1, 2).reshape(heads * d_head, d_model)
+        return F.linear(x, flat, None if bias is None else bias.flatten()).unflatten(-1, (heads, d_head))
+
+    def _read_split(
+        self, name: str, resid: Float[Tensor, "batch pos d_model"], norm: nn.Module
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        weight, bias = getattr(self, f"W_{name}"), getattr(self, f"b_{name}")
+        copies = self._input_hook(name)(resid.unsqueeze(2).repeat(1, 1, weight.shape[0], 1))
+        out = torch.einsum("bphd,hde->bphe", norm(copies), weight)
+        return out if bias is None else out + bias
+
+    def _uniform(self, v: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "query key"]:
+        visible = torch.ones(v.shape[1], v.shape[1], device=v.device, dtype=v.dtype)
+        if self.mask is not None:
+            visible = visible.tril()
+        if self.uniform_weight is not None:
+            return visible * self.uniform_weight
+        return visible / visible.sum(-1, keepdim=True)
+
+
+class MLP(nn.Module):
+    """A two-layer perceptron, gated or plain."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d_model, d_mlp = config.d_model, config.d_mlp
+        assert d_mlp is not None  # resolved by ModelConfig
+        self.act = config.act_fn
+        self.W_in = nn.Parameter(torch.empty(d_model, d_mlp))
+        self.W_gate = nn.Parameter(torch.empty(d_model, d_mlp)) if config.gated else None
+        self.W_out = nn.Parameter(torch.empty(d_mlp, d_model))
+        self.b_in = nn.Parameter(torch.zeros(d_mlp)) if config.mlp_bias else None
+        self.b_out = nn.Parameter(torch.zeros(d_model)) if config.mlp_bias else None
+        self.hook_pre, self.hook_post = HookPoint(), HookPoint()
+        if config.gated:
+            self.hook_pre_linear = HookPoint()
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """Return the neurons' write into the residual stream."""
+        act = ACTIVATIONS[self.act]
+        if self.W_gate is None:
+            post = act(self.hook_pre(F.linear(x, self.W_in.T, self.b_in)))
+        else:
+            post = act(self.hook_pre(x @ self.W_gate)) * self.hook_pre_linear(x @ self.W_in)
+            post = post if self.b_in is None else post + self.b_in
+        return F.linear(self.hook_post(post), self.W_out.T, self.b_out)
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, each reading the residual stream through its norm and adding to it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.ln1 = make_norm(config)
+        self.attn = Attention(config)
+        self.hook_resid_pre, self.hook_attn_out, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
+        self.attn_only = config.attn_only
+        if not config.attn_only:
+            self.ln2 = make_norm(config)
+            self.mlp = MLP(config)
+            self.hook_resid_mid, self.hook_mlp_in, self.hook_mlp_out = HookPoint(), HookPoint(), HookPoint()
+
+    def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """Return the residual stream after the block."""
+        resid = self.hook_resid_pre(resid)
+        resid = resid + self.hook_attn_out(self.attn(resid, self.ln1))
+        if not self.attn_only:
+            resid = self.hook_resid_mid(resid)
+            # A copy of its own, so that the gradient at the MLP's input leaves out the way around the MLP.
+            mlp_in = self.hook_mlp_in(resid.clone()) if self.hook_mlp_in.hooked else resid
+            resid = resid + self.hook_mlp_out(self.mlp(self.ln2(mlp_in)))
+        return self.hook_resid_post(resid)
+
+
+class Embed(nn.Module):
+    """Token embedding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.W_E = nn.Parameter(torch.empty(config.d_vocab, config.d_model))
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """Return each token's vector."""
+        return F.embedding(tokens, self.W_E)
+
+
+class PosEmbed(nn.Module):
+    """Learned position embedding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.W_pos = nn.Parameter(torch.empty(config.n_ctx, config.d_model))
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """Return each position's vector, once for every sequence."""
+        return self.W_pos[: tokens.shape[1]].expand(tokens.shape[0], -1, -1)
+
+
+class Unembed(nn.Module):
+    """The map from the residual stream to logits."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.d_vocab_out is not None  # resolved by ModelConfig
+        self.W_U = nn.Parameter(torch.empty(config.d_model, config.d_vocab_out))
+        self.b_U = nn.Parameter(torch.zeros(config.d_vocab_out)) if config.unembed_bias else None
+
+    def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab_out"]:
+        """Return the logits."""
+        return F.linear(resid, self.W_U.T, self.b_U)
+
+
+class TiedUnembed(nn.Module):
+    """The transposed embedding as the map from the residual stream to logits."""
+
+    def __init__(self, config: ModelConfig, embed: Embed) -> None:
+        super().__init__()
+        # In a tuple, so that the embedding is not registered as a parameter a second time.
+        self._embed = (embed,)
+        self.b_U = nn.Parameter(torch.zeros(config.d_vocab)) if config.unembed_bias else None
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab_out"]:
+        """The transposed embedding."""
+        return self._embed[0].W_E.T
+
+    def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab_out"]:
+        """Return the logits."""
+        return F.linear(resid, self.W_U.T, self.b_U)

@@ -1,0 +1,152 @@
+"""Writes the pages that follow from the code: one per entry of TASKS, OBJECTIVES, METHODS and TESTS, and the notebook.
+
+A new entry in one of the dicts has its page with the next build; nothing here names an entry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import plotly
+import plotly.io
+
+from circuits import discovery, mechanisms, objectives, study, tasks
+
+PLOTLY_SCRIPT = "plotly.min.js"
+PLOTLY_OUTPUT = "application/vnd.plotly.v1+json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One dict of the package: the page that lists it and how an entry of it is used."""
+
+    folder: str
+    title: str
+    about: str
+    entries: Mapping[str, Any]
+    usage: str
+
+
+TABLES = (
+    Table(
+        "tasks",
+        "Tasks",
+        "A task is a finite, verifiable world with a known true state behind every token.",
+        tasks.TASKS,
+        'task = cx.tasks.get("{name}")',
+    ),
+    Table(
+        "objectives",
+        "Objectives",
+        "An objective is a loss on a task's batches; a recipe is a tuple of stages of them.",
+        objectives.OBJECTIVES,
+        'run = cx.train(task, cx.objectives.get("{name}"), seed=0, out="runs/{name}")',
+    ),
+    Table(
+        "methods",
+        "Discovery methods",
+        "A method scores the nodes and edges of a model's graph over clean and corrupt pairs.",
+        discovery.METHODS,
+        'circuit = cx.discovery.attribute(model, task.pairs(256, seed=1), method="{name}")',
+    ),
+    Table(
+        "tests",
+        "Mechanism tests",
+        "A test returns one piece of evidence: a value with its interval, its control and its threshold.",
+        mechanisms.TESTS,
+        'evidence = cx.mechanisms.TESTS["{name}"](model, task, seed=0)',
+    ),
+)
+
+
+def write(out: Path, notebooks: Path) -> None:
+    """Write all generated pages under ``out``."""
+    for table in TABLES:
+        names = list(table.entries)
+        toctree = "\n".join(f"{table.folder}/{name}" for name in names)
+        listing = "\n".join(f"| [{n}]({table.folder}/{n}.md) | {first_line(table.entries[n])} |" for n in names)
+        text = f"# {table.title}\n\n{table.about}\n\n| name | is |\n|---|---|\n{listing}\n\n"
+        save(out / f"{table.folder}.md", f"{text}```{{toctree}}\n:hidden:\n\n{toctree}\n```\n")
+        for name, entry in table.entries.items():
+            save(out / table.folder / f"{name}.md", page(name, entry, table.usage))
+    save(out / "presets.md", presets_page())
+    quickstart = json.loads((notebooks / "quickstart.ipynb").read_text(encoding="utf-8"))
+    save(out / "quickstart.ipynb", json.dumps(with_drawn_figures(quickstart), indent=1, sort_keys=True))
+    script = Path(plotly.__file__).parent / "package_data" / PLOTLY_SCRIPT
+    (out / "static").mkdir(exist_ok=True)
+    if not (out / "static" / PLOTLY_SCRIPT).exists():
+        shutil.copy(script, out / "static" / PLOTLY_SCRIPT)
+
+
+def first_line(entry: Any) -> str:
+    """Return the first line of an entry's docstring, fit for a table cell."""
+    return (inspect.getdoc(entry) or "").splitlines()[0].replace("``", "`").replace("|", "\\|")
+
+
+def page(name: str, entry: Any, usage: str) -> str:
+    """Return the page of one entry: how to call it, its fields, its docstring, where its source is."""
+    directive = "autoclass" if inspect.isclass(entry) else "autofunction"
+    option = "" if directive == "autofunction" else "   :no-members:\n"
+    path = entry.__module__.replace(".", "/") + ".py"
+    return (
+        f"# {name}\n\n```python\nimport circuits as cx\n\n{usage.format(name=name)}\n```\n\n"
+        f"```{{eval-rst}}\n.. {directive}:: {entry.__module__}.{entry.__qualname__}\n   :no-index:\n{option}```\n\n"
+        f"{fields_table(entry)}Source code: `{path}`.\n"
+    )
+
+
+def fields_table(entry: Any) -> str:
+    """Return the parameters of a dataclass with types and defaults as a table; nothing for a function."""
+    if not dataclasses.is_dataclass(entry) or not dataclasses.fields(entry):
+        return ""
+    fields = [f for f in dataclasses.fields(entry) if f.init]
+    rows = "\n".join(f"| `{f.name}` | {code(str(f.type))} | {code(default(f))} |" for f in fields)
+    return f"| parameter | type | default |\n|---|---|---|\n{rows}\n\n"
+
+
+def code(text: str) -> str:
+    """Return text as inline code that a table cell can hold."""
+    return "`" + text.replace("|", "\\|") + "`"
+
+
+def default(field: dataclasses.Field[Any]) -> str:
+    """Return a field's default as one writes it."""
+    if field.default is not dataclasses.MISSING:
+        return repr(field.default)
+    return "required" if field.default_factory is dataclasses.MISSING else repr(field.default_factory())
+
+
+def presets_page() -> str:
+    """Return the page of the studies that come with the package, each as its TOML."""
+    parts = ["# Presets\n\nStudies that come with the package: `circuits study NAME --out DIR`.\n"]
+    for name, path in study.PRESETS.items():
+        parts.append(f"## {name}\n\n```toml\n{path.read_text(encoding='utf-8').rstrip()}\n```\n")
+    return "\n".join(parts)
+
+
+def with_drawn_figures(notebook: dict[str, Any]) -> dict[str, Any]:
+    """Return a notebook whose plotly outputs are HTML that the copied script draws."""
+    script: str | bool = f"../_static/{PLOTLY_SCRIPT}"
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            figure = output.get("data", {}).get(PLOTLY_OUTPUT)
+            if figure is None:
+                continue
+            shown = {"data": figure["data"], "layout": figure["layout"]}
+            html = plotly.io.to_html(shown, include_plotlyjs=script, full_html=False, validate=False)
+            output["data"] = {"text/html": html}
+            script = False
+    return notebook
+
+
+def save(path: Path, text: str) -> None:
+    """Write a page, leaving it alone where it says the same already, so that a rebuild is quick."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")

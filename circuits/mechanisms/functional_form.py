@@ -173,8 +173,7 @@ def functional_form(model: Any, task: Task, *, seed: int = 0, readings: Readings
     generator = torch.Generator().manual_seed(seed + 1)
     renaming = torch.randperm(task.n_operand_values, generator=generator).to(readings.operands.device)
     null, *_ = form_shares(task, renaming[readings.operands], neurons, importance, seed=seed)
-    waves = (family == 0).float().cpu().numpy()
-    weights = (importance / importance.sum() * len(importance)).cpu().numpy()
+    weighted = torch.stack([importance * (family == 0), importance], dim=1).cpu().numpy()
     details = shares | {
         "key_frequencies": key_frequencies(family, frequency, importance),
         "n_neurons": len(top),
@@ -185,7 +184,7 @@ def functional_form(model: Any, task: Task, *, seed: int = 0, readings: Readings
     return Evidence(
         test="functional-form",
         value=shares["frequency"],
-        interval=bootstrap_interval(waves * weights, seed=seed),
+        interval=bootstrap_interval(weighted, lambda rows: rows[:, 0].sum() / rows[:, 1].sum(), seed=seed),
         control=null["frequency"],
         control_name="operands renamed at random",
         threshold="single-frequency share >= 0.75 for a Fourier algorithm",

@@ -23,6 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 NORMALIZATIONS = (None, "LN", "RMS")
 EPS = 1e-5
+ALL, LAST = slice(None), slice(-1, None)
 
 
 @dataclass(frozen=True)
@@ -175,22 +176,27 @@ class Attention(nn.Module):
         self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
         self.hook_z, self.hook_result = HookPoint(), HookPoint()
 
-    def forward(self, resid: Float[Tensor, "batch pos d_model"], norm: nn.Module) -> Float[Tensor, "batch pos d_model"]:
-        """Return what the heads together write into the residual stream, which they read through ``norm``."""
+    def forward(
+        self, resid: Float[Tensor, "batch pos d_model"], norm: nn.Module, queries: slice = ALL
+    ) -> Float[Tensor, "batch query d_model"]:
+        """Return what the heads together write into the residual stream, which they read through ``norm``.
+
+        Only the positions in ``queries`` are written to; all positions are attended from there.
+        """
         # Split inputs are read first, so that a cache of the norm's hooks ends with the usual shape.
         split = {name: self._read_split(name, resid, norm) for name in "QKV" if self._input_hook(name).hooked}
         x = norm(resid)
         v = self.hook_v(split["V"] if "V" in split else self._project("V", x))
         pattern: Tensor | None = None
         if self.share > 0 or self._scores_hooked():
-            q = self.hook_q(split["Q"] if "Q" in split else self._project("Q", x))
+            q = self.hook_q(split["Q"][:, queries] if "Q" in split else self._project("Q", x[:, queries]))
             k = self.hook_k(split["K"] if "K" in split else self._project("K", x))
             scores = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)) * self.scale
             if self.mask is not None:
-                scores = scores + self.mask[: q.shape[1], : q.shape[1]]
+                scores = scores + self.mask[: k.shape[1], : k.shape[1]][queries]
             pattern = torch.softmax(self.hook_attn_scores(scores), dim=-1)
         if self.share < 1:
-            uniform = (1 - self.share) * self._uniform(v)
+            uniform = (1 - self.share) * self._uniform(v)[queries]
             pattern = uniform if pattern is None else self.share * pattern + uniform
         assert pattern is not None
         if pattern.ndim == 2 and self.hook_pattern.hooked:
@@ -273,10 +279,12 @@ class Block(nn.Module):
             self.mlp = MLP(config)
             self.hook_resid_mid, self.hook_mlp_in, self.hook_mlp_out = HookPoint(), HookPoint(), HookPoint()
 
-    def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Return the residual stream after the block."""
+    def forward(
+        self, resid: Float[Tensor, "batch pos d_model"], queries: slice = ALL
+    ) -> Float[Tensor, "batch query d_model"]:
+        """Return the residual stream after the block, at the positions in ``queries``."""
         resid = self.hook_resid_pre(resid)
-        resid = resid + self.hook_attn_out(self.attn(resid, self.ln1))
+        resid = resid[:, queries] + self.hook_attn_out(self.attn(resid, self.ln1, queries))
         if not self.attn_only:
             resid = self.hook_resid_mid(resid)
             # A copy of its own, so that the gradient at the MLP's input leaves out the way around the MLP.

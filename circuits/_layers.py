@@ -113,9 +113,8 @@ class HookPoint(LensHookPoint):
             edited = result[0] if isinstance(result, tuple) and len(result) == 1 else result
             if edited is not None and (not isinstance(edited, Tensor) or edited.shape != tensor.shape):
                 got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
-                raise BadInput(
-                    f"the hook on {self.name!r} returned {got}: expected a tensor of shape {tuple(tensor.shape)}, or None"
-                )
+                expected = f"None or a tensor of shape {tuple(tensor.shape)}"
+                raise BadInput(f"the hook on {self.name!r} returned {got}: expected {expected}")
             return result
 
         handle = super().add_hook(checked, *args, **kwargs)

@@ -6,18 +6,24 @@ attribution patching work on it, and it converts to a ``TransformerBridge`` with
 
 from __future__ import annotations
 
+import difflib
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import safetensors
+import safetensors.torch
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import ActivationCache
 from transformer_lens.HookedRootModule import HookedRootModule
 
+from circuits import _convert, _io
 from circuits._layers import (
     ALL,
     EPS,
@@ -31,17 +37,36 @@ from circuits._layers import (
     Unembed,
     make_norm,
 )
-from circuits.errors import BadInput, UnknownName, UnsupportedModel
+from circuits.errors import BadInput, CorruptRun, IncompatibleRun, UnknownName, UnsupportedModel
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-__all__ = ["HookPoint", "HookedModel", "ModelConfig", "Transformer", "module_of"]
+__all__ = [
+    "HookPoint",
+    "HookedModel",
+    "ModelConfig",
+    "Transformer",
+    "from_transformer_lens",
+    "load",
+    "module_of",
+    "save",
+]
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
+FORMAT = "circuits.model/1"
+# Hook points that TransformerLens leaves out of a cache unless the flag is set: one more axis, of heads, each.
+FLAGS = {
+    "hook_result": "use_attn_result",
+    "hook_q_input": "use_split_qkv_input",
+    "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input",
+    "hook_mlp_in": "use_hook_mlp_in",
+}
 
 
+@runtime_checkable
 class HookedModel(Protocol):
     """What an analyzer needs of a model: ours and any ``TransformerBridge`` fit."""
 
@@ -61,6 +86,21 @@ class HookedModel(Protocol):
     def run_with_cache(self, tokens: Int[Tensor, "batch pos"], /, *, names_filter: NamesFilter = ...) -> Any:
         """Return the logits and a mapping from hook name to activation."""
         ...
+
+
+def _stacked(part: str, name: str) -> Any:
+    """Return a property that stacks one weight over layers, an absent bias as zeros."""
+
+    def stack(self: Transformer) -> Tensor:
+        parts = [getattr(block, part) for block in self.blocks]
+        weights = [getattr(module, name) for module in parts]
+        if weights[0] is None:
+            weight = getattr(parts[0], {"b_O": "W_O", "b_out": "W_out"}.get(name, "W_in" if part == "mlp" else "W_Q"))
+            shape = weight.shape[-1:] if name in ("b_O", "b_in", "b_out") else (weight.shape[0], weight.shape[-1])
+            return weight.new_zeros(len(parts), *shape)
+        return torch.stack(weights)
+
+    return property(stack, doc=f"``{name}`` of every layer, stacked.")
 
 
 class Transformer(HookedRootModule):
@@ -93,6 +133,20 @@ class Transformer(HookedRootModule):
                 if name.rpartition(".")[2].startswith("W_"):
                     parameter.normal_(0, std, generator=generator)
         self.setup()
+
+    W_Q, W_K, W_V, W_O = (_stacked("attn", f"W_{m}") for m in "QKVO")
+    b_Q, b_K, b_V, b_O = (_stacked("attn", f"b_{m}") for m in "QKVO")
+    W_in, W_gate, W_out = (_stacked("mlp", name) for name in ("W_in", "W_gate", "W_out"))
+    b_in, b_out = _stacked("mlp", "b_in"), _stacked("mlp", "b_out")
+    W_E = property(lambda self: self.embed.W_E)
+    W_pos = property(lambda self: self.pos_embed.W_pos)
+    W_U = property(lambda self: self.unembed.W_U)
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab_out"]:
+        """The unembedding's bias; zeros where there is none."""
+        bias = self.unembed.b_U
+        return self.W_U.new_zeros(self.W_U.shape[1]) if bias is None else bias
 
     @property
     def cfg(self) -> Any:
@@ -147,6 +201,95 @@ class Transformer(HookedRootModule):
             bad = low if low < 0 else high
             raise BadInput(f"token id {bad}: expected 0 to d_vocab - 1 = {self.config.d_vocab - 1}")
 
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Sequence[Hook] = (),
+        bwd_hooks: Sequence[Hook] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[Transformer]:
+        """Return a context in which the hooks are attached; they are gone after it, whatever happens in it.
+
+        Raises:
+            UnknownName: a name is no hook point.
+            BadInput: a filter on names matches none; or, from the forward, a hook returned another shape.
+        """
+        for name, _ in (*fwd_hooks, *bwd_hooks):
+            self._matching(name)
+        with super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts):
+            yield self
+
+    def run_with_cache(
+        self,
+        *args: Any,
+        names_filter: NamesFilter = None,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Any]:
+        """Return the logits and an ``ActivationCache`` of the hook points that ``names_filter`` chooses.
+
+        Without a filter these are TransformerLens's own: all but the inputs split by head, each head's result and
+        the MLP's input, which are there once they are named (or the model's flag for them is set).
+
+        Raises:
+            UnknownName: a name is no hook point.
+            BadInput: the filter matches nothing.
+        """
+        names = self._matching(names_filter)
+        logits, cache = super().run_with_cache(*args, names_filter=names, remove_batch_dim=remove_batch_dim, **kwargs)
+        if return_cache_object:
+            cache = ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+        return logits, cache
+
+    def _matching(self, names_filter: NamesFilter) -> list[str]:
+        if names_filter is None:
+            flags = ((name, FLAGS.get(name.rpartition(".")[2])) for name in self.hook_dict)
+            return [name for name, flag in flags if flag is None or getattr(self._cfg, flag)]
+        if callable(names_filter):
+            names = [name for name in self.hook_dict if names_filter(name)]
+        else:
+            names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+            for name in names:
+                if name not in self.hook_dict:
+                    raise UnknownName("hook point", name, difflib.get_close_matches(name, self.hook_dict, 6, cutoff=0))
+        if not names:
+            raise BadInput(f"names_filter {names_filter!r} matches no hook point: model.hook_dict lists them")
+        return names
+
+    def set_use_attn_result(self, use: bool) -> None:
+        """Have ``run_with_cache`` without a filter include each head's result."""
+        self._cfg.use_attn_result = use
+
+    def set_use_split_qkv_input(self, use: bool) -> None:
+        """Have ``run_with_cache`` without a filter include the inputs of q, k and v split by head."""
+        self._cfg.use_split_qkv_input = use
+
+    def set_use_hook_mlp_in(self, use: bool) -> None:
+        """Have ``run_with_cache`` without a filter include each MLP's input."""
+        self._cfg.use_hook_mlp_in = use
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """Return the sum of the biases that the stream holds at ``layer``; its attention's too for its MLP."""
+        total = self.b_O[: layer + mlp_input].sum(0)
+        return total + self.b_out[:layer].sum(0) if include_mlp_biases and not self.config.attn_only else total
+
+    def tokens_to_residual_directions(self, tokens: int | Int[Tensor, "*shape"]) -> Float[Tensor, "*shape d_model"]:
+        """Return each token's direction in the residual stream: its column of ``W_U``."""
+        return self.W_U.T[tokens]
+
+    def to_bridge(self) -> TransformerBridge:
+        """Return a native ``TransformerBridge`` with equal logits. A tied unembedding becomes a copy.
+
+        Raises:
+            UnsupportedModel: the model has a part that a native bridge lacks.
+        """
+        state = self.state_dict() | {"unembed.W_U": self.W_U}
+        return _convert.to_bridge(self.cfg, state, softmax_share=self.config.softmax_share).train(self.training)
+
 
 def _lens_config(config: ModelConfig) -> SimpleNamespace:
     return SimpleNamespace(
@@ -195,3 +338,100 @@ def module_of(model: HookedModel, name: str) -> Any:
         except (AttributeError, IndexError):
             raise UnsupportedModel(f"{type(model).__name__} has no module {name!r}: no {step!r} there") from None
     return part
+
+
+def from_transformer_lens(
+    state_dict: Mapping[str, Any],
+    *,
+    act_fn: str,
+    normalization: str | None,
+    n_heads: int | None = None,
+    causal: bool = True,
+    softmax_share: float = 1.0,
+    uniform_weight: float | None = None,
+) -> Transformer:
+    """Return a model, in eval mode, with the weights of a TransformerLens state dict of any release.
+
+    Sizes and biases follow from the shapes; what no weight shows is asked for. A matrix that is square, and so
+    fits today's orientation and the older releases', is read as the other matrices of the dict are.
+
+    Args:
+        state_dict: weights by TransformerLens name; buffers (``mask``, ``IGNORE``) are left out.
+        act_fn: "relu", "gelu", "gelu_new" or "silu".
+        normalization: None, "LN" or "RMS".
+        n_heads: if given, the number of heads that the weights must have.
+        causal: whether a position sees only itself and those before it.
+        softmax_share: the share of softmax in the attention pattern; the rest is uniform.
+        uniform_weight: what uniform is per visible position; None: 1 / number of visible positions.
+
+    Raises:
+        BadInput: a key is unknown, a weight is missing, or shapes contradict each other.
+        CorruptRun: a weight is not finite.
+    """
+    sizes, state = _convert.read_state_dict(state_dict, normalization=normalization, n_heads=n_heads)
+    config = ModelConfig(
+        **sizes,
+        act_fn=act_fn,
+        normalization=normalization,
+        causal=causal,
+        softmax_share=softmax_share,
+        uniform_weight=uniform_weight,
+    )
+    model = Transformer(config)
+    model.to(state["embed.W_E"].dtype)
+    model.load_state_dict(_convert.complete(state, model.state_dict()))
+    return model.eval()
+
+
+def save(model: Transformer, path: Path | str) -> str:
+    """Write a model with its config to one safetensors file, atomically, and return the file's sha256.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    config = _io.canonical_json(model.config)
+    metadata = {"format": FORMAT, "config": config, "sha256": _digest(config, tensors)}
+    return _io.atomic_write(path, safetensors.torch.save(tensors, metadata))
+
+
+def load(path: Path | str, *, sha256: str | None = None) -> Transformer:
+    """Return the model that ``save`` wrote, in eval mode, on the CPU.
+
+    Raises:
+        CorruptRun: the file is absent, truncated or altered, is no such file, or holds a number that is not finite.
+        IncompatibleRun: the file was written in another format version.
+    """
+    data = _io.read_bytes(path, sha256=sha256)
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata = header["__metadata__"]
+        written, config, digest = metadata["format"], metadata["config"], metadata["sha256"]
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CorruptRun(f"{path} is not a whole model file of circuits: {error}") from error
+    if written != FORMAT and written.startswith("circuits.model/"):
+        raise IncompatibleRun(f"{path} is in format {written}: this version reads {FORMAT}; load it with the other one")
+    if digest != _digest(config, tensors):
+        raise CorruptRun(f"{path} was altered: its weights differ from the recorded digest; make it anew")
+    for key, value in tensors.items():
+        if not bool(value.isfinite().all()):
+            raise CorruptRun(f"{path}: {key} holds a NaN or an infinity")
+    try:
+        model = Transformer(_io.from_json(ModelConfig, json.loads(config)))
+        model.to(tensors["embed.W_E"].dtype).load_state_dict(tensors)
+    except (BadInput, ValueError, KeyError, RuntimeError) as error:
+        raise CorruptRun(f"{path}: config and weights do not fit together: {error}") from error
+    return model.eval()
+
+
+def _digest(config: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of a config and its weights: a flipped bit in safetensors loads silently."""
+    parts = [config.encode()]
+    for key in sorted(tensors):
+        value = tensors[key]
+        parts += [
+            f"{key} {value.dtype} {tuple(value.shape)}".encode(),
+            value.flatten().view(torch.uint8).numpy().tobytes(),
+        ]
+    return _io.sha256_bytes(b"\0".join(parts))

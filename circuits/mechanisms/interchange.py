@@ -12,7 +12,7 @@ from torch import Tensor
 
 from circuits._stats import wilson_interval
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.functional_form import form_shares, key_frequencies
+from circuits.mechanisms.functional_form import wave_frequencies
 from circuits.mechanisms.readings import Readings, angle, answer_logits, device_of, group_index, read
 from circuits.tasks.base import Task, Variable
 
@@ -129,11 +129,7 @@ def _fourier(
     renamed = group_index(task, line)
     assert renamed is not None
     index, _, kept, modulus = renamed
-    top = readings.importance.argsort(descending=True)[:80]
-    _, family, _, frequency = form_shares(
-        task, readings.operands, readings.neurons[:, top], readings.importance[top], seed=seed
-    )
-    first = key_frequencies(family, frequency, readings.importance[top])
+    first = wave_frequencies(task, readings, seed=seed)
     power = {
         k: float(frequency_directions(embedding - embedding.mean(0), index, kept, k, modulus).square().sum())
         for k in range(1, modulus // 2 + 1)

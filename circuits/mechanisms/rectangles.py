@@ -15,35 +15,39 @@ from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.readings import MAX_ROWS, Readings, answer_logits, read
 from circuits.tasks.base import Task
 
-TOP_NEURONS = 80
+TOP_NEURONS, NULL_NEURONS = 80, 20
 MOST_EDGES = 60
 
 
-def best_rectangle(
-    activation: Float[Tensor, "n n"], edges: Int[Tensor, " edges"]
-) -> tuple[float, tuple[int, int, int, int]]:
-    """R2 of the best two-level fit 1[r0 <= a < r1, c0 <= b < c1], and that rectangle (r0, r1, c0, c1).
+Rectangle = tuple[int, int, int, int]
 
-    All pairs of ``edges`` are tried on both axes, by differences of the integral image: R2 of a rectangle with k
-    cells and centred sum S is S^2 / (k (1 - k / N)) over the total variance.
+
+def best_rectangles(maps: Float[Tensor, "neurons n n"], edges: Int[Tensor, " edges"]) -> list[tuple[float, Rectangle]]:
+    """For each map, R2 of the best two-level fit 1[r0 <= a < r1, c0 <= b < c1], and that (r0, r1, c0, c1).
+
+    All pairs of ``edges`` are tried on both axes, by differences of the integral image: R2 of a rectangle with k of
+    N cells and centred sum S is S^2 / (k (1 - k / N)) over the total variance.
     """
-    n = activation.shape[0]
-    centred = activation - activation.mean()
-    total = float(centred.square().sum())
-    if total < 1e-12:
-        return 0.0, (0, n, 0, n)
-    integral = torch.nn.functional.pad(centred.cumsum(0).cumsum(1), (1, 0, 1, 0))[edges][:, edges]
+    n = maps.shape[-1]
     low, high = torch.triu_indices(len(edges), len(edges), offset=1, device=edges.device)
-    rows = integral[high] - integral[low]
-    sums = rows[:, high] - rows[:, low]
     lengths = (edges[high] - edges[low]).float()
     cells = lengths[:, None] * lengths[None, :]
-    gain = sums.square() / (cells * (1 - cells / (n * n))).clamp_min(1e-6)
-    gain = torch.where(cells < n * n, gain, torch.zeros_like(gain))
-    flat = int(gain.argmax())
-    i, j = flat // len(low), flat % len(low)
-    rectangle = (int(edges[low[i]]), int(edges[high[i]]), int(edges[low[j]]), int(edges[high[j]]))
-    return float(gain.flatten()[flat]) / total, rectangle
+    weight = torch.where(cells < n * n, 1 / (cells * (1 - cells / (n * n))).clamp_min(1e-6), 0.0)
+    found: list[tuple[float, Rectangle]] = []
+    for activation in maps:
+        centred = activation - activation.mean()
+        total = float(centred.square().sum())
+        if total < 1e-12:
+            found.append((0.0, (0, n, 0, n)))
+            continue
+        integral = torch.nn.functional.pad(centred.cumsum(0).cumsum(1), (1, 0, 1, 0))[edges][:, edges]
+        rows = integral[high] - integral[low]
+        gain = (rows[:, high] - rows[:, low]).square_().mul_(weight)
+        flat = int(gain.argmax())
+        i, j = flat // len(low), flat % len(low)
+        rectangle = (int(edges[low[i]]), int(edges[high[i]]), int(edges[low[j]]), int(edges[high[j]]))
+        found.append((float(gain.flatten()[flat]) / total, rectangle))
+    return found
 
 
 def two_level_share(values: Float[Tensor, "rows n"], *, iterations: int = 20) -> Float[Tensor, " n"]:
@@ -61,7 +65,7 @@ def two_level_share(values: Float[Tensor, "rows n"], *, iterations: int = 20) ->
     return torch.where(total > 1e-12, 1 - left / total.clamp_min(1e-12), torch.zeros_like(total))
 
 
-def _inside(operands: Int[Tensor, "rows 2"], rectangle: tuple[int, int, int, int]) -> Bool[Tensor, " rows"]:
+def _inside(operands: Int[Tensor, "rows 2"], rectangle: Rectangle) -> Bool[Tensor, " rows"]:
     r0, r1, c0, c1 = rectangle
     a, b = operands[:, 0], operands[:, 1]
     return (a >= r0) & (a < r1) & (b >= c0) & (b < c1)
@@ -116,14 +120,15 @@ def rectangles(model: Any, task: Task, *, seed: int = 0, readings: Readings | No
     step = -(-n // MOST_EDGES)
     edges = torch.unique(torch.cat([torch.arange(0, n, step), torch.tensor([n])])).to(top.device)
     maps = readings.neurons[:, top].T.reshape(-1, n, n)
-    fits = [best_rectangle(m, edges) for m in maps]
+    fits = best_rectangles(maps, edges)
     fit = torch.tensor([f[0] for f in fits], device=top.device)
     two = two_level_share(readings.neurons[:, top])
     weight = readings.importance[top] / readings.importance[top].sum().clamp_min(1e-12)
     crisp = fit > 0.8
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(n, generator=generator).to(top.device)
-    null = torch.tensor([best_rectangle(m[order][:, order], edges)[0] for m in maps[:20]], device=top.device)
+    renamed = best_rectangles(maps[:NULL_NEURONS, order][:, :, order], edges)
+    null = torch.tensor([r2 for r2, _ in renamed], device=top.device)
     share = float(weight[crisp].sum())
     details: dict[str, Any] = {
         "two_level": float(weight[two > 0.9].sum()),
@@ -153,7 +158,7 @@ def rectangles(model: Any, task: Task, *, seed: int = 0, readings: Readings | No
 
 
 def _causal(
-    model: Any, task: Task, readings: Readings, top: Tensor, crisp: Tensor, found: list[tuple[int, int, int, int]]
+    model: Any, task: Task, readings: Readings, top: Tensor, crisp: Tensor, found: list[Rectangle]
 ) -> dict[str, float]:
     """Accuracy with the rectangle neurons idealised, mean-ablated, and with importance-matched others ablated."""
     chosen = top[crisp]
@@ -179,7 +184,7 @@ def _causal(
     }
 
 
-def edge_grid(found: list[tuple[int, int, int, int]], n: int) -> dict[str, Any]:
+def edge_grid(found: list[Rectangle], n: int) -> dict[str, Any]:
     """Width and offset of the regular grid that holds most interior edges, with the share on it and by chance."""
     edges = [e for r in found for e in r if 0 < e < n]
     if not edges:

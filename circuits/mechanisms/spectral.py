@@ -107,6 +107,7 @@ def spectral(model: Any, task: Task, *, seed: int = 0, readings: Readings | None
     assert renamed is not None
     a, b, kept, modulus = renamed
     a, b, labels, logits = a[kept], b[kept], readings.labels[kept], readings.logits[kept]
+    logits = logits - logits.mean(1, keepdim=True)  # a shift of all answers alike decides nothing
     found = greedy_frequencies(readings, a, b, logits, labels, modulus)
     generator = torch.Generator().manual_seed(seed)
     others = [k for k in range(1, modulus // 2 + 1) if k not in found.frequencies]

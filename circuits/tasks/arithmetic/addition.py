@@ -84,8 +84,8 @@ class Addition(OneTokenTask):
         return {"magnitude": size, "negative": (answer < 0).long(), name: self._units_carry(operands), **digits}
 
     def joint_variables(self) -> tuple[Variable, ...]:
-        """The carry (borrow) of the units column: swapped alone, it moves the answer by ten."""
-        if self.n <= 10 and self.operation == "-":
+        """The carry (borrow) of the units column, where there is a tens column: swapped, it moves the answer by ten."""
+        if self.n <= 10:
             return ()
 
         def swapped_answer(base: Int[Tensor, "batch 2"], source: Int[Tensor, "batch 2"]) -> Int[Tensor, " batch"]:

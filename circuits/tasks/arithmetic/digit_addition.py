@@ -40,7 +40,8 @@ class DigitAddition(DigitSplits):
         BadInput: a parameter is out of range.
 
     Source: Quirke and Barez 2024 (arXiv 2310.13121) for the columns and the share of nines; Nanda et al. 2023
-        (arXiv 2301.05217), appendix C, and Lee et al. 2023 (arXiv 2307.03381) for plain and reversed sums.
+        (arXiv 2301.05217; repository progress-measures-paper) for the plain format and its token ids; Lee et al.
+        2023 (arXiv 2307.03381) for the reversed sum and the scratchpad.
     """
 
     name: ClassVar[str] = "digit-addition"
@@ -165,7 +166,8 @@ class DigitAddition(DigitSplits):
     def cascade_length(self, operands: Int[Tensor, "batch 2"]) -> Int[Tensor, " batch"]:
         """The longest run of adjacent columns that sum to nine and take a carry in; 0 where there is none.
 
-        Source: Quirke and Barez 2024 (arXiv 2310.13121), section 3: a carry that cascades through nines.
+        Source: Quirke and Barez 2024 (arXiv 2310.13121); repository quanta_maths, maths_complexity.py, whose class
+            S0 is no carry, S1 is a carry and length 0 here, S2, S3, ... lengths 1, 2, ... here.
         """
         return columns.cascade_length(operands, self.digits)
 
@@ -201,19 +203,22 @@ class DigitAddition(DigitSplits):
         }
 
     def _column_states(self, operands: Int[Tensor, "batch 2"]) -> dict[str, Int[Tensor, "batch length"]]:
-        """Sums and carries of the columns, each from the token on that settles it."""
+        """Sums and carries of the columns, each from the token on that settles it.
+
+        Digits still to come could be anything, so a column's sum lies between two bounds. Carries grow with the
+        sums: one is settled where the lowest and the highest sums give the same.
+        """
         d, device = self.digits, operands.device
-        position = torch.arange(self.length, device=device)
-        sums, carries = columns.column_sums(operands, d), columns.carries(operands, d)
-        states = {}
+        position, column = torch.arange(self.length, device=device)[:, None], torch.arange(d, device=device)
+        seen = torch.stack((position >= d - 1 - column, position >= 2 * d - column))
+        digits = columns.digits_of(operands, d)[:, :, None]
+        lowest = torch.where(seen, digits, 0).sum(dim=1)
+        highest = torch.where(seen, digits, 9).sum(dim=1)
+        states = {f"sum of column {i}": _settled(lowest[..., i], highest[..., i]) for i in range(d)}
+        carry_low = carry_high = torch.zeros_like(lowest[..., 0])
         for i in range(d):
-            states[f"sum of column {i}"] = torch.where(position >= 2 * d - i, sums[:, i, None], -1)
-        # A column that does not sum to nine settles the carry out of it; a nine hands on the question downwards.
-        settled_by = torch.zeros(len(operands), dtype=torch.long, device=device)
-        for i in range(1, d + 1):
-            settled_by = torch.where(sums[:, i - 1] != 9, i - 1, settled_by)
-            known = position >= (2 * d - settled_by)[:, None]
-            states[f"carry into column {i}"] = torch.where(known, carries[:, i, None], -1)
+            carry_low, carry_high = (lowest[..., i] + carry_low) // 10, (highest[..., i] + carry_high) // 10
+            states[f"carry into column {i + 1}"] = _settled(carry_low, carry_high)
         return states
 
     def variables(self) -> tuple[Variable, ...]:
@@ -268,3 +273,7 @@ class DigitAddition(DigitSplits):
             wrong=corrupt_batch.tokens[:, target],
             changed=change,
         )
+
+
+def _settled(lowest: Int[Tensor, "batch length"], highest: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
+    return torch.where(lowest == highest, lowest, -1)

@@ -26,11 +26,11 @@ MOST_EMPTY_ROUNDS = 100
 Operands = Int[Tensor, "batch 2"]
 
 
-def splitmix64(x: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+def splitmix64(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     """A well-mixed 64-bit number for each input, by wrapping int64 arithmetic.
 
-    Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 16 and section 5
-        with the constants of the reference implementation (Vigna, splitmix64.c).
+    Source: Vigna, splitmix64.c (the reference implementation), after Steele, Lea and Flood 2014, "Fast splittable
+        pseudorandom number generators".
     """
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
@@ -42,7 +42,7 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-def _shift_right(x: Int[Tensor, " batch"], bits: int) -> Int[Tensor, " batch"]:
+def _shift_right(x: Int[Tensor, "*shape"], bits: int) -> Int[Tensor, "*shape"]:
     # torch shifts int64 arithmetically; the mask clears the copies of the sign.
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
@@ -195,7 +195,7 @@ class DigitSplits(ABC):
     def _with_nines(self, operands: Operands, share: float, generator: torch.Generator) -> Operands:
         """Operands of which a share has, in about half of the columns, b's digit set to nine minus a's.
 
-        Source: Quirke and Barez 2024 (arXiv 2310.13121): training data enriched with digit pairs that sum to nine.
+        Source: Quirke and Barez 2024 (arXiv 2310.13121); repository quanta_maths, maths_data_generator.py.
         """
         device = generator.device
         powers = 10 ** torch.arange(self.digits, device=device)
@@ -215,7 +215,7 @@ def _enumerate(task: DigitSplits, split: str) -> Operands:
     return operands[task.in_split(operands, split)]
 
 
-def _distinct(operands: Operands, n: int) -> Operands:
+def _distinct(operands: Operands, n: int) -> Int[Tensor, "distinct 2"]:
     """Operands without repetitions, in order of first occurrence."""
     _, inverse = torch.unique(operands[:, 0] * n + operands[:, 1], return_inverse=True)
     order = torch.arange(len(inverse))

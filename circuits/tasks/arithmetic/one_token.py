@@ -165,7 +165,7 @@ class OneTokenTask(ABC):
         return self._encode(self._operands(cells[drawn]))
 
     def state(self, operands: Int[Tensor, "batch 2"]) -> Mapping[str, Int[Tensor, "batch length"]]:
-        """The true state behind each token: what the tokens so far determine, -1 where not yet determined."""
+        """The true state behind each token: ``a`` from its token on, the rest from ``b``'s on, -1 before."""
         check_operands(operands, self.n_operand_values)
         known = {"a": (operands[:, 0], 0), "b": (operands[:, 1], 1)}
         known |= {name: (value, 1) for name, value in self.known_after_prompt(operands).items()}

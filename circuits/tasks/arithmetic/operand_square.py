@@ -89,7 +89,7 @@ def block_start(n: int, block: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def split_square(n: int, train_fraction: float, block: int, split_seed: int) -> dict[str, Int[Tensor, " size"]]:
+def split_square(n: int, train_fraction: float, block: int, split_seed: int) -> dict[str, Int[Tensor, " _"]]:
     """Cell numbers ``a * n + b`` of each split, ascending; callers must not write to them.
 
     Raises:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -15,7 +17,8 @@ generate.write(HERE / "generated", HERE.parent / "notebooks")
 
 project = "objective-circuits"
 author = "The objective-circuits contributors"
-release = version("objective-circuits")
+copyright = f"2026, {author}"
+release = metadata.version("objective-circuits")
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "README.md"]
@@ -27,13 +30,31 @@ html_title = "circuits"
 html_static_path = ["_static", "generated/static"]
 
 nb_execution_mode = "off"  # outputs are kept in the notebook, which the test suite executes
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True, "no-value": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
-napoleon_custom_sections = ["Source", "Fails when"]
+
+
+def own_paragraphs(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Give ``Source:`` and ``Fails when:`` a paragraph each, with the words in bold."""
+    shown: list[str] = []
+    inside = False
+    for line in lines:
+        label = re.match(r"(Source|Fails when): ?(.*)", line)
+        if label:
+            shown += ["", f"**{label[1]}:** {label[2]}"]
+        else:
+            shown.append(line.lstrip() if inside else line)
+        inside = bool(label) or (inside and bool(line.strip()))
+    lines[:] = shown
+
+
+def setup(app: Any) -> None:
+    """Run before napoleon, which would read the labels as types of attributes."""
+    app.connect("autodoc-process-docstring", own_paragraphs, priority=100)

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import plotly
@@ -29,6 +30,7 @@ class Table:
     folder: str
     title: str
     about: str
+    module: ModuleType
     entries: Mapping[str, Any]
     usage: str
 
@@ -38,6 +40,7 @@ TABLES = (
         "tasks",
         "Tasks",
         "A task is a finite, verifiable world with a known true state behind every token.",
+        tasks,
         tasks.TASKS,
         'task = cx.tasks.get("{name}")',
     ),
@@ -45,6 +48,7 @@ TABLES = (
         "objectives",
         "Objectives",
         "An objective is a loss on a task's batches; a recipe is a tuple of stages of them.",
+        objectives,
         objectives.OBJECTIVES,
         'run = cx.train(task, cx.objectives.get("{name}"), seed=0, out="runs/{name}")',
     ),
@@ -52,6 +56,7 @@ TABLES = (
         "methods",
         "Discovery methods",
         "A method scores the nodes and edges of a model's graph over clean and corrupt pairs.",
+        discovery,
         discovery.METHODS,
         'circuit = cx.discovery.attribute(model, task.pairs(256, seed=1), method="{name}")',
     ),
@@ -59,6 +64,7 @@ TABLES = (
         "tests",
         "Mechanism tests",
         "A test returns one piece of evidence: a value with its interval, its control and its threshold.",
+        mechanisms,
         mechanisms.TESTS,
         'evidence = cx.mechanisms.TESTS["{name}"](model, task, seed=0)',
     ),
@@ -74,7 +80,7 @@ def write(out: Path, notebooks: Path) -> None:
         text = f"# {table.title}\n\n{table.about}\n\n| name | is |\n|---|---|\n{listing}\n\n"
         save(out / f"{table.folder}.md", f"{text}```{{toctree}}\n:hidden:\n\n{toctree}\n```\n")
         for name, entry in table.entries.items():
-            save(out / table.folder / f"{name}.md", page(name, entry, table.usage))
+            save(out / table.folder / f"{name}.md", page(name, entry, table))
     save(out / "presets.md", presets_page())
     quickstart = json.loads((notebooks / "quickstart.ipynb").read_text(encoding="utf-8"))
     save(out / "quickstart.ipynb", json.dumps(with_drawn_figures(quickstart), indent=1, sort_keys=True))
@@ -89,37 +95,16 @@ def first_line(entry: Any) -> str:
     return (inspect.getdoc(entry) or "").splitlines()[0].replace("``", "`").replace("|", "\\|")
 
 
-def page(name: str, entry: Any, usage: str) -> str:
-    """Return the page of one entry: how to call it, its fields, its docstring, where its source is."""
-    directive = "autoclass" if inspect.isclass(entry) else "autofunction"
-    option = "" if directive == "autofunction" else "   :no-members:\n"
-    path = entry.__module__.replace(".", "/") + ".py"
+def page(name: str, entry: Any, table: Table) -> str:
+    """Return the page of one entry: how to call it, its signature and docstring, where its source is."""
+    directive, option = ("autoclass", "   :no-members:\n") if inspect.isclass(entry) else ("autofunction", "")
+    public = hasattr(table.module, entry.__name__)
+    path = f"{table.module.__name__ if public else entry.__module__}.{entry.__name__}"
     return (
-        f"# {name}\n\n```python\nimport circuits as cx\n\n{usage.format(name=name)}\n```\n\n"
-        f"```{{eval-rst}}\n.. {directive}:: {entry.__module__}.{entry.__qualname__}\n   :no-index:\n{option}```\n\n"
-        f"{fields_table(entry)}Source code: `{path}`.\n"
+        f"# {name}\n\n```python\nimport circuits as cx\n\n{table.usage.format(name=name)}\n```\n\n"
+        f"```{{eval-rst}}\n.. {directive}:: {path}\n   :no-index:\n{option}```\n\n"
+        f"Source code: `{entry.__module__.replace('.', '/')}.py`.\n"
     )
-
-
-def fields_table(entry: Any) -> str:
-    """Return the parameters of a dataclass with types and defaults as a table; nothing for a function."""
-    if not dataclasses.is_dataclass(entry) or not dataclasses.fields(entry):
-        return ""
-    fields = [f for f in dataclasses.fields(entry) if f.init]
-    rows = "\n".join(f"| `{f.name}` | {code(str(f.type))} | {code(default(f))} |" for f in fields)
-    return f"| parameter | type | default |\n|---|---|---|\n{rows}\n\n"
-
-
-def code(text: str) -> str:
-    """Return text as inline code that a table cell can hold."""
-    return "`" + text.replace("|", "\\|") + "`"
-
-
-def default(field: dataclasses.Field[Any]) -> str:
-    """Return a field's default as one writes it."""
-    if field.default is not dataclasses.MISSING:
-        return repr(field.default)
-    return "required" if field.default_factory is dataclasses.MISSING else repr(field.default_factory())
 
 
 def presets_page() -> str:

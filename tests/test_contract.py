@@ -1,0 +1,133 @@
+"""What holds for every entry of TASKS, OBJECTIVES, METHODS and TESTS: a new line in a dict is tested by these."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from circuits import discovery, mechanisms, objectives, tasks
+from circuits._io import canonical_json, config_id, from_json, to_json
+from circuits.errors import BadInput, UnknownName
+
+TABLES: dict[str, dict[str, Any]] = {
+    "task": tasks.TASKS,
+    "objective": objectives.OBJECTIVES,
+    "method": discovery.METHODS,
+    "test": mechanisms.TESTS,
+}
+ENTRIES = [pytest.param(kind, name, id=f"{kind}-{name}") for kind, table in TABLES.items() for name in table]
+CONFIGURED = [p for p in ENTRIES if p.values[0] in ("task", "objective")]
+
+
+def entry(kind: str, name: str) -> Any:
+    return TABLES[kind][name]
+
+
+def get(kind: str, name: str, **parameters: Any) -> Any:
+    module = {"task": tasks, "objective": objectives}[kind]
+    return module.get(name, **parameters)
+
+
+@pytest.mark.parametrize(("kind", "name"), ENTRIES)
+def test_names_are_kebab_case_and_come_from_the_code(kind: str, name: str) -> None:
+    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name)
+    own = entry(kind, name)
+    assert name == (own.name if inspect.isclass(own) else own.__name__.replace("_", "-"))
+
+
+@pytest.mark.parametrize(("kind", "name"), ENTRIES)
+def test_says_what_it_is_and_where_it_is_from(kind: str, name: str) -> None:
+    text = inspect.getdoc(entry(kind, name)) or ""
+    assert re.search(r"\.$|\.\s|:$", text.splitlines()[0]), "the first line is a sentence"
+    assert "Source:" in text
+    if kind in ("method", "test"):
+        assert "Fails when:" in text
+
+
+@pytest.mark.parametrize(("kind", "name"), CONFIGURED)
+def test_is_a_frozen_dataclass_that_survives_json(kind: str, name: str) -> None:
+    one = get(kind, name)
+    data = json.loads(json.dumps(to_json(one)))
+    again = from_json(type(one), data)
+    assert again == one
+    assert canonical_json(again) == canonical_json(one)
+    assert config_id(again) == config_id(one)
+    field = dataclasses.fields(one)[0].name if dataclasses.fields(one) else "name"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(one, field, None)
+
+
+@pytest.mark.parametrize(("kind", "name"), CONFIGURED)
+def test_json_is_strict(kind: str, name: str) -> None:
+    data = to_json(get(kind, name))
+    with pytest.raises(BadInput, match="surprise"):
+        from_json(entry(kind, name), data | {"surprise": 1})
+
+
+@pytest.mark.parametrize(("kind", "name"), CONFIGURED)
+def test_get_accepts_underscores_and_names_the_nearest(kind: str, name: str) -> None:
+    assert get(kind, name.replace("-", "_")) == get(kind, name)
+    with pytest.raises(UnknownName, match=re.escape(repr(name))):
+        get(kind, name[:-1] + "x")
+    with pytest.raises(UnknownName, match="no_such_parameter"):
+        get(kind, name, no_such_parameter=1)
+
+
+@pytest.mark.parametrize("kind", ["method", "test"])
+def test_arguments_after_the_first_two_are_keywords(kind: str) -> None:
+    for name, function in TABLES[kind].items():
+        parameters = list(inspect.signature(function).parameters.values())
+        assert len(parameters) >= 2, name
+        assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters[2:]), name
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_task_splits_are_disjoint_and_right(name: str) -> None:
+    task = tasks.get(name)
+    seen: set[tuple[int, ...]] = set()
+    for split in tasks.SPLITS:
+        if not task.split_size(split):
+            continue
+        batch = task.examples(split, limit=2000)
+        pairs = {tuple(row) for row in batch.operands.tolist()}
+        assert bool(task.verify(batch.tokens).all()), split
+        assert not pairs & seen, split
+        seen |= pairs
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_task_samples_follow_the_generator_alone(name: str) -> None:
+    task = tasks.get(name)
+    torch.manual_seed(1)
+    one = task.sample("train", 32, generator=torch.Generator().manual_seed(7))
+    torch.manual_seed(2)
+    two = task.sample("train", 32, generator=torch.Generator().manual_seed(7))
+    other = task.sample("train", 32, generator=torch.Generator().manual_seed(8))
+    assert torch.equal(one.tokens, two.tokens)
+    assert not torch.equal(one.tokens, other.tokens)
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_task_refuses_wrong_answers(name: str) -> None:
+    task = tasks.get(name)
+    batch = task.examples("train", limit=200)
+    last = batch.tokens[:, -1].contiguous()
+    wrong = batch.tokens.clone()
+    wrong[:, -1] = task.answer_tokens[(torch.searchsorted(task.answer_tokens, last) + 1) % len(task.answer_tokens)]
+    assert bool((wrong[:, -1] != last).all())
+    assert not bool(task.verify(wrong).any())
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_pairs_differ_only_in_the_prompt_and_change_the_answer(name: str) -> None:
+    task = tasks.get(name)
+    pairs = task.pairs(64, seed=3)
+    assert len(pairs) == 64
+    assert bool((pairs.clean != pairs.corrupt).any(1).all())
+    assert bool((pairs.correct != pairs.wrong).all())

@@ -16,13 +16,9 @@ import typing
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, Union
+from typing import Annotated, Any, Union
 
 from circuits.errors import BadInput, CorruptRun, StorageError, UnknownName
-
-T = TypeVar("T")
-Tables = Mapping[Any, Mapping[str, type]]
-"""For a type that is not a dataclass itself (a Protocol): the classes that can stand there, by name."""
 
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -185,7 +181,7 @@ def _encode(value: Any, hint: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = type_hints(type(value))
         fields = [f.name for f in dataclasses.fields(value) if f.init]
-        name = {"name": value.name} if _has_table_name(type(value)) else {}
+        name = {"name": type(value).name} if _has_table_name(type(value)) else {}  # type: ignore[attr-defined]
         return name | {field: _encode(getattr(value, field), hints[field]) for field in fields}
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
@@ -205,39 +201,43 @@ def _encode(value: Any, hint: Any) -> Any:
     raise BadInput(f"cannot write {type(value).__name__} {value!r} as JSON: expected a number, string, list or mapping")
 
 
-def from_json(cls: Any, data: Any, *, tables: Tables | None = None) -> Any:
+def from_json(cls: Any, data: Any) -> Any:
     """Return an instance of ``cls`` from what ``to_json`` gave.
+
+    Only classes that an annotation names can come of it, never one that the data names by itself.
 
     Args:
         cls: a dataclass, a union of dataclasses that are told apart by ``name``, or any annotation of plain values.
+            ``Annotated[SomeProtocol, table]`` stands for the classes of a table by name, where ``table`` is a
+            mapping or a function that returns one.
         data: JSON values.
-        tables: for each Protocol among the fields, the classes that can stand there by name.
 
     Raises:
         BadInput: a key is unknown, one without a default is missing, or a value has the wrong type.
         UnknownName: a ``name`` is not in its table.
     """
-    return _decode(cls, data, tables or {}, "")
+    return _decode(cls, data, "")
 
 
-def _decode(hint: Any, data: Any, tables: Tables, where: str) -> Any:
+def _decode(hint: Any, data: Any, where: str) -> Any:
     if hint is Any or hint is object:
         return data
-    if _is_table_key(hint, tables):
-        return _decode_named(tables[hint], data, tables, where)
+    if typing.get_origin(hint) is Annotated:
+        table = hint.__metadata__[0]
+        return _decode_named(table() if callable(table) else table, data, where)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return _decode_dataclass(hint, data, tables, where)
+        return _decode_dataclass(hint, data, where)
     options = _options(hint)
     if len(options) > 1:
-        return _decode_union(options, data, tables, where)
+        return _decode_union(options, data, where)
     origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin is typing.Literal:
         return data if data in arguments else _wrong(hint, data, where)
     if origin in (list, tuple, collections.abc.Sequence) and isinstance(data, list):
-        return _decode_sequence(origin, arguments, data, tables, where)
+        return _decode_sequence(origin, arguments, data, where)
     if origin in (dict, collections.abc.Mapping) and isinstance(data, dict):
         item = arguments[1] if arguments else Any
-        return {key: _decode(item, value, tables, f"{where}.{key}") for key, value in data.items()}
+        return {key: _decode(item, value, f"{where}.{key}") for key, value in data.items()}
     if origin is float and isinstance(data, str) and data in _NOT_FINITE:
         return _NOT_FINITE[data]
     if origin is float and isinstance(data, int) and not isinstance(data, bool) and abs(data) < 2**1023:
@@ -249,7 +249,7 @@ def _decode(hint: Any, data: Any, tables: Tables, where: str) -> Any:
     return _wrong(hint, data, where)
 
 
-def _decode_dataclass(cls: type, data: Any, tables: Tables, where: str) -> Any:
+def _decode_dataclass(cls: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         _wrong(cls, data, where)
     hints = type_hints(cls)
@@ -265,48 +265,48 @@ def _decode_dataclass(cls: type, data: Any, tables: Tables, where: str) -> Any:
         no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if key not in data and no_default:
             raise BadInput(f"{cls.__name__}{_at(where)} lacks {key!r}: expected {', '.join(fields)}")
-    return cls(**{k: _decode(hints[k], data[k], tables, f"{where}.{k}") for k in fields if k in data})
+    return cls(**{k: _decode(hints[k], data[k], f"{where}.{k}") for k in fields if k in data})
 
 
-def _decode_named(table: Mapping[str, type], data: Any, tables: Tables, where: str) -> Any:
+def _decode_named(table: Mapping[str, type], data: Any, where: str) -> Any:
     name = data.get("name") if isinstance(data, dict) else None
     if not isinstance(name, str):
         raise BadInput(f"{_short(data)}{_at(where)}: expected a mapping with a name, one of {', '.join(table)}")
     if name not in table:
         raise UnknownName(f"name{_at(where)}", name, table)
-    return _decode_dataclass(table[name], data, tables, where)
+    return _decode_dataclass(table[name], data, where)
 
 
-def _decode_union(options: tuple[Any, ...], data: Any, tables: Tables, where: str) -> Any:
+def _decode_union(options: tuple[Any, ...], data: Any, where: str) -> Any:
     if data is None and types.NoneType in options:
         return None
     classes = [o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o) and _has_table_name(o)]
     named = {str(getattr(cls, "name", "")): cls for cls in classes}
     if named and isinstance(data, dict):
-        return _decode_named(named, data, tables, where)
+        return _decode_named(named, data, where)
     rest = [option for option in options if option is not types.NoneType]
     # An exact type first, so that 3 in a field of "float | int" stays a whole number.
     for option in sorted(rest, key=lambda option: type(data) is not (typing.get_origin(option) or option)):
         try:
-            return _decode(option, data, tables, where)
+            return _decode(option, data, where)
         except BadInput as error:
             last = error
     raise last
 
 
-def _decode_sequence(origin: Any, arguments: tuple[Any, ...], data: list[Any], tables: Tables, where: str) -> Any:
+def _decode_sequence(origin: Any, arguments: tuple[Any, ...], data: list[Any], where: str) -> Any:
     fixed = origin is tuple and arguments and arguments[-1] is not Ellipsis
     if fixed and len(arguments) != len(data):
         raise BadInput(f"{_short(data)}{_at(where)}: expected {len(arguments)} items")
     hints = arguments if fixed else (arguments[0] if arguments else Any,) * len(data)
-    items = [_decode(h, item, tables, f"{where}[{i}]") for i, (h, item) in enumerate(zip(hints, data, strict=True))]
+    items = [_decode(h, item, f"{where}[{i}]") for i, (h, item) in enumerate(zip(hints, data, strict=True))]
     return items if origin is list else tuple(items)
 
 
 @functools.lru_cache(maxsize=256)
 def type_hints(cls: type) -> dict[str, Any]:
     """Return the resolved annotations of a class."""
-    return typing.get_type_hints(cls)
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -317,10 +317,6 @@ def _has_table_name(cls: type) -> bool:
     """Whether ``name`` is a class variable, by which a table knows the class, and not a field."""
     is_field = any(f.name == "name" for f in dataclasses.fields(cls))
     return not is_field and isinstance(getattr(cls, "name", None), str)
-
-
-def _is_table_key(hint: Any, tables: Tables) -> bool:
-    return isinstance(hint, collections.abc.Hashable) and hint in tables
 
 
 def _wrong(hint: Any, data: Any, where: str) -> Any:

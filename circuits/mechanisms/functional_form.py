@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits._stats import bootstrap_interval
@@ -24,18 +24,32 @@ FAMILIES = ("frequency", "hinge", "indicator")
 
 
 def wave_fit(
-    a: Int[Tensor, " rows"], b: Int[Tensor, " rows"], neurons: Float[Tensor, "rows n"], modulus: int, fit: Tensor
+    a: Int[Tensor, " rows"],
+    b: Int[Tensor, " rows"],
+    neurons: Float[Tensor, "rows n"],
+    modulus: int,
+    fit: Bool[Tensor, " rows"],
+    *,
+    lowest: int = 1,
 ) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
     """Held-out R2 of the best single frequency for each neuron, and that frequency.
 
-    The basis is {1, cos wa, sin wa} x {1, cos wb, sin wb}: 8 coefficients besides the constant.
+    Frequencies from ``lowest`` up are tried. The basis is {1, cos wa, sin wa} x {1, cos wb, sin wb}: 8 coefficients besides the constant.
 
     Source: Nanda et al. 2023 (arXiv 2301.05217), section 4.2 (share of a neuron's variance in one frequency).
     """
-    scores = torch.stack([_wave_score(a, b, neurons, k, modulus, fit) for k in range(1, modulus // 2 + 1)])
+    scores = torch.stack([_wave_score(a, b, neurons, k, modulus, fit) for k in range(lowest, modulus // 2 + 1)])
     # the frequency is chosen on the fitting half, its R2 is read on the other half
     which = scores[:, 0].argmax(0)
-    return scores[:, 1].gather(0, which[None]).squeeze(0), which + 1
+    return scores[:, 1].gather(0, which[None]).squeeze(0), which + lowest
+
+
+def lowest_frequency(task: Task, modulus: int) -> int:
+    """1 on a circle; on a line, the first frequency with a whole period inside the operand range.
+
+    Longer waves are monotone over the range and pass for any magnitude code.
+    """
+    return 1 if task.period else -(-modulus // task.n_operand_values)
 
 
 def _wave_score(a: Tensor, b: Tensor, neurons: Tensor, frequency: int, modulus: int, fit: Tensor) -> Tensor:
@@ -148,8 +162,9 @@ def neuron_forms(task: Task, operands: Int[Tensor, "rows 2"], neurons: Float[Ten
     if renamed is None:
         raise BadInput(f"{task.name} has no renaming of its operands under which the answer is their sum")
     a, b, kept, modulus = renamed
-    wave, frequency = wave_fit(a[kept], b[kept], neurons[kept], modulus, fit[kept])
     n = task.n_operand_values
+    lowest = lowest_frequency(task, modulus)
+    wave, frequency = wave_fit(a[kept], b[kept], neurons[kept], modulus, fit[kept], lowest=lowest)
     scores = torch.full((len(FAMILIES), neurons.shape[1]), -1.0, device=neurons.device)
     scores[0] = wave
     unclear = wave < 0.98
@@ -170,7 +185,8 @@ def renamed_wave_share(
     renamed = group_index(task, operands[keep])
     assert renamed is not None  # the same task has just been fitted
     a, b, kept, modulus = renamed
-    wave, _ = wave_fit(a[kept], b[kept], neurons[keep][kept], modulus, fit[kept])
+    lowest = lowest_frequency(task, modulus)
+    wave, _ = wave_fit(a[kept], b[kept], neurons[keep][kept], modulus, fit[kept], lowest=lowest)
     return float(importance[wave > GOOD_FIT].sum() / importance.sum().clamp_min(1e-12))
 
 

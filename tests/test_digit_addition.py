@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,19 @@ def operands_of(task: DigitAddition, inputs: torch.Tensor) -> torch.Tensor:
     return torch.tensor([[int(a), int(b)] for a, b in rows])
 
 
+def test_digit_pairs_reach_every_sum_that_keeps_the_carry() -> None:
+    task = DigitAddition(digits=2, block=0.0)
+    pairs = task.pairs(8000, change="digits of column 1")
+    reached: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for (a, b), (c, e) in zip(
+        operands_of(task, pairs.clean).tolist(), operands_of(task, pairs.corrupt).tolist(), strict=True
+    ):
+        into = add_columns(a, b, 2)[1]
+        reached[into[1], into[2]].append(digit(c, 1) + digit(e, 1))
+    ranges = {(0, 0): range(10), (0, 1): range(10, 19), (1, 0): range(9), (1, 1): range(9, 19)}
+    assert {key: sorted(set(sums)) for key, sums in reached.items()} == {k: list(r) for k, r in ranges.items()}
+
+
 def test_pairs_flip_each_carry_both_ways() -> None:
     task = DigitAddition()
     for change in task.pair_changes[: task.digits]:
@@ -248,6 +262,7 @@ def test_every_pair_is_in_exactly_one_split(parameters: dict, seed: int) -> None
     by_hand = [a in block and b in block for a, b in operands.tolist()]
     assert members[2].tolist() == by_hand
     assert len(block) == round(task.block * 10**task.digits)
+    assert 0 <= 10**task.digits - block.stop - block.start <= 1
 
 
 def test_large_splits_have_the_shares_asked_for_and_another_seed_gives_another() -> None:

@@ -159,9 +159,9 @@ class DigitAddition(DigitSplits):
             return torch.zeros_like(tokens[:, 0], dtype=torch.bool)
         d = self.digits
         written = torch.stack((tokens[:, :d], tokens[:, d + 1 : 2 * d + 1]), dim=1).flip(-1)
-        in_range = ((written >= 0) & (written < 10)).flatten(1).all(dim=1)
+        # A token that is no digit differs from itself clamped.
         right = self._encode(columns.number_of(written.clamp(0, 9))).tokens
-        return in_range & (tokens == right).all(dim=1)
+        return (tokens == right).all(dim=1)
 
     def cascade_length(self, operands: Int[Tensor, "batch 2"]) -> Int[Tensor, " batch"]:
         """The longest run of adjacent columns that sum to nine and take a carry in; 0 where there is none.

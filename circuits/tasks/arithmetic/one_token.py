@@ -186,10 +186,9 @@ class OneTokenTask(ABC):
         """Whether whole sequences are well formed and right: both operands in range, ``=``, the true answer."""
         if tokens.shape[1] != 4:
             return torch.zeros_like(tokens[:, 0], dtype=torch.bool)
-        operands = tokens[:, :2]
-        in_range = ((operands >= 0) & (operands < self.n_operand_values)).all(dim=1)
-        right = self._encode(operands.clamp(0, self.n_operand_values - 1)).tokens
-        return in_range & (tokens == right).all(dim=1)
+        # An operand out of range differs from itself clamped.
+        right = self._encode(tokens[:, :2].clamp(0, self.n_operand_values - 1)).tokens
+        return (tokens == right).all(dim=1)
 
     def variables(self) -> tuple[Variable, ...]:
         """Candidate causal variables for interchange: each operand's value, its decimal digits, and joint ones.

@@ -105,6 +105,12 @@ class HookPoint(LensHookPoint):
         """Whether anybody listens or edits here."""
         return bool(self._forward_hooks or self._backward_hooks or self._forward_pre_hooks)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle made while hooks are attached must not carry them out of their context.
+        clean = HookPoint()
+        clean.name, clean.training = self.name, self.training
+        return clean.__dict__
+
     def add_hook(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return TransformerLens's handle of ``hook``, whose results are checked from now on."""
 

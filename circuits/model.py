@@ -134,6 +134,10 @@ class Transformer(HookedRootModule):
                     parameter.normal_(0, std, generator=generator)
         self.setup()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The hook points leave their hooks behind, so a copy stands in no hook context.
+        return {**self.__dict__, "context_level": 0, "is_caching": False}
+
     W_Q, W_K, W_V, W_O = (_stacked("attn", f"W_{m}") for m in "QKVO")
     b_Q, b_K, b_V, b_O = (_stacked("attn", f"b_{m}") for m in "QKVO")
     W_in, W_gate, W_out = (_stacked("mlp", name) for name in ("W_in", "W_gate", "W_out"))
@@ -255,7 +259,7 @@ class Transformer(HookedRootModule):
                 if name not in self.hook_dict:
                     raise UnknownName("hook point", name, difflib.get_close_matches(name, self.hook_dict, 6, cutoff=0))
         if not names:
-            raise BadInput(f"names_filter {names_filter!r} matches no hook point: model.hook_dict lists them")
+            raise BadInput(f"the filter {names_filter!r} matches no hook point: model.hook_dict lists them")
         return names
 
     def set_use_attn_result(self, use: bool) -> None:
@@ -410,8 +414,8 @@ def load(path: Path | str, *, sha256: str | None = None) -> Transformer:
         written, config, digest = metadata["format"], metadata["config"], metadata["sha256"]
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CorruptRun(f"{path} is not a whole model file of circuits: {error}") from error
-    if written != FORMAT and written.startswith("circuits.model/"):
-        raise IncompatibleRun(f"{path} is in format {written}: this version reads {FORMAT}; load it with the other one")
+    if written != FORMAT:
+        raise IncompatibleRun(f"{path} is in format {written!r}: this version reads {FORMAT!r}")
     if digest != _digest(config, tensors):
         raise CorruptRun(f"{path} was altered: its weights differ from the recorded digest; make it anew")
     for key, value in tensors.items():

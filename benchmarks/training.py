@@ -1,0 +1,170 @@
+"""Training speed of our hooked model against the smallest plain torch model and TransformerLens's native bridge.
+
+    python benchmarks/training.py [--json] [--repeats N] [--seconds S]
+
+All three start from the same weights, compute the same loss (checked before timing) and take the same AdamW step.
+CPU time of one thread (``process_time``), because wall time on a shared machine says more about the neighbours. The
+three take turns; what is reported per model is the median over turns, and as ratio the median of each turn's ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from circuits.model import ModelConfig, Transformer
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    config: ModelConfig
+    batch: int
+
+
+CASES = (
+    Case("1 layer, d 64, p = 53, full batch of 1404", ModelConfig(d_vocab=54, n_ctx=3, d_model=64, n_heads=4), 1404),
+    Case(
+        "2 layers, d 128, 16 positions, batch 64",
+        ModelConfig(d_vocab=13, n_ctx=16, n_layers=2, d_model=128, n_heads=4, normalization="LN"),
+        64,
+    ),
+    Case(
+        "2 layers, d 128, 16 positions, batch 512",
+        ModelConfig(d_vocab=13, n_ctx=16, n_layers=2, d_model=128, n_heads=4, normalization="LN"),
+        512,
+    ),
+)
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.heads = c.n_heads
+        self.ln1 = nn.LayerNorm(c.d_model) if c.normalization else nn.Identity()
+        self.ln2 = nn.LayerNorm(c.d_model) if c.normalization else nn.Identity()
+        self.qkv = nn.Linear(c.d_model, 3 * c.d_model, bias=False)
+        self.out = nn.Linear(c.d_model, c.d_model, bias=False)
+        self.up = nn.Linear(c.d_model, 4 * c.d_model)
+        self.down = nn.Linear(4 * c.d_model, c.d_model)
+        self.register_buffer("mask", torch.ones(c.n_ctx, c.n_ctx, dtype=torch.bool).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, pos, d_model = x.shape
+        qkv = self.qkv(self.ln1(x)).view(batch, pos, 3, self.heads, d_model // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
+        pattern = scores.masked_fill(self.mask[:pos, :pos], -math.inf).softmax(-1)
+        x = x + self.out((pattern @ v).transpose(1, 2).reshape(batch, pos, d_model))
+        return x + self.down(F.relu(self.up(self.ln2(x))))
+
+
+class Plain(nn.Module):
+    """The same model with nothing to hook: what one would write for training alone."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.tok = nn.Embedding(c.d_vocab, c.d_model)
+        self.pos = nn.Parameter(torch.empty(c.n_ctx, c.d_model))
+        self.blocks = nn.Sequential(*(PlainBlock(c) for _ in range(c.n_layers)))
+        self.ln = nn.LayerNorm(c.d_model) if c.normalization else nn.Identity()
+        self.head = nn.Linear(c.d_model, c.d_vocab, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.ln(self.blocks(self.tok(tokens) + self.pos[: tokens.shape[1]])))
+
+    @torch.no_grad()
+    def copy_from(self, model: Transformer) -> Plain:
+        self.tok.weight.copy_(model.W_E)
+        self.pos.copy_(model.W_pos)
+        self.head.weight.copy_(model.W_U.T)
+        for mine, theirs in zip(self.blocks, model.blocks, strict=True):
+            attn, mlp = theirs.attn, theirs.mlp
+            mine.qkv.weight.copy_(torch.cat([w.mT.flatten(0, 1) for w in (attn.W_Q, attn.W_K, attn.W_V)]))
+            mine.out.weight.copy_(attn.W_O.flatten(0, 1).T)
+            mine.up.weight.copy_(mlp.W_in.T)
+            mine.up.bias.copy_(mlp.b_in)
+            mine.down.weight.copy_(mlp.W_out.T)
+            mine.down.bias.copy_(mlp.b_out)
+        return self
+
+
+def stepper(model: nn.Module, tokens: Tensor, targets: Tensor) -> Callable[[], Tensor]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=1.0)
+
+    def step() -> Tensor:
+        loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def cpu_seconds(step: Callable[[], Tensor], steps: int) -> float:
+    start = time.process_time()
+    for _ in range(steps):
+        step()
+    return (time.process_time() - start) / steps
+
+
+def measure(case: Case, repeats: int, seconds: float) -> dict[str, float | str]:
+    generator = torch.Generator().manual_seed(0)
+    c = case.config
+    tokens = torch.randint(0, c.d_vocab, (case.batch, c.n_ctx), generator=generator)
+    targets = torch.randint(0, c.d_vocab, (case.batch, c.n_ctx), generator=generator)
+    ours = Transformer(c, seed=0)
+    models = {"plain": Plain(c).copy_from(ours), "ours": ours, "bridge": ours.to_bridge()}
+    steps = {name: stepper(model.train(), tokens, targets) for name, model in models.items()}
+    losses = {name: [float(step()) for _ in range(3)] for name, step in steps.items()}
+    for name, values in losses.items():
+        # From the second step on the bridge differs: it has biases on attention and unembedding, and trains them.
+        alike = 1 if name == "bridge" else len(values)
+        if not all(math.isclose(a, b, abs_tol=1e-3) for a, b in zip(values[:alike], losses["plain"], strict=False)):
+            raise RuntimeError(f"{name} does not compute what plain torch does: losses {values}, {losses['plain']}")
+    count = max(1, round(seconds / cpu_seconds(steps["plain"], 3)))
+    turns = [{name: cpu_seconds(step, count) for name, step in steps.items()} for _ in range(repeats)]
+
+    def median(f: Callable[[dict[str, float]], float]) -> float:
+        return statistics.median(f(turn) for turn in turns)
+
+    return {
+        "case": case.name,
+        **{f"{name}_ms": 1e3 * median(lambda turn, name=name: turn[name]) for name in models},
+        "speed_to_plain": median(lambda turn: turn["plain"] / turn["ours"]),
+        "speed_to_bridge": median(lambda turn: turn["bridge"] / turn["ours"]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=0.3, help="CPU time of one model's turn")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = [measure(case, args.repeats, args.seconds) for case in CASES]
+    if args.json:
+        print(
+            json.dumps({"torch": torch.__version__, "results": results, "cases": [asdict(c) for c in CASES]}, indent=2)
+        )
+        return
+    print(f"CPU ms per step, 1 thread, torch {torch.__version__}; speed is ours in steps per second as a ratio")
+    print(f"{'':42}{'plain':>9}{'ours':>9}{'bridge':>9}{'to plain':>10}{'to bridge':>11}")
+    for r in results:
+        times = "".join(f"{r[f'{name}_ms']:9.2f}" for name in ("plain", "ours", "bridge"))
+        print(f"{r['case']:42}{times}{r['speed_to_plain']:10.3f}{r['speed_to_bridge']:11.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,19 +1,19 @@
 """Reads a study's TOML: which recipes train which tasks, with which seeds.
 
-    name = "my-study"
-    title = "What the objective does to modular addition"
-    seeds = [0, 1]
+name = "my-study"
+title = "What the objective does to modular addition"
+seeds = [0, 1]
 
-    [[recipe]]                                   # what makes the recipe what it is
-    name = "answer, weight decay"
-    stages = [{ objective = "answer", weight_decay = 1.0 }]
+[[recipe]]                                   # what makes the recipe what it is
+name = "answer, weight decay"
+stages = [{ objective = "answer", weight_decay = 1.0 }]
 
-    [[cell]]                                     # one column of the result matrix
-    task = { name = "modular-addition", p = 53 }
-    recipes = ["answer, weight decay"]
-    stage = { steps = 500, learning_rate = 1e-2 }   # what the recipes leave open
-    model = { n_layers = 2 }                        # optional: differences from the task's default model
-    why = "Weight decay makes the general solution the cheaper one."
+[[cell]]                                     # one column of the result matrix
+task = { name = "modular-addition", p = 53 }
+recipes = ["answer, weight decay"]
+stage = { steps = 500, learning_rate = 1e-2 }   # what the recipes leave open
+model = { n_layers = 2 }                        # optional: differences from the task's default model
+why = "Weight decay makes the general solution the cheaper one."
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from circuits import objectives, tasks, training
@@ -31,9 +30,9 @@ from circuits._io import from_json, to_json
 from circuits.errors import BadInput, CircuitsError, UnknownName
 from circuits.model import ModelConfig
 from circuits.objectives.recipe import Recipe, Stage
-from circuits.study import PRESETS
 from circuits.tasks.base import Task
 
+_Table = Mapping[str, Any]
 _STAGE_FIELDS = {f.name for f in dataclasses.fields(Stage)}
 _MODEL_FIELDS = {f.name for f in dataclasses.fields(ModelConfig)}
 
@@ -60,24 +59,6 @@ class Spec:
     text: str
 
 
-def source(preset_or_toml: str | Path) -> str:
-    """The TOML of a preset (by name) or of a file (whose name ends in .toml).
-
-    Raises:
-        UnknownName: no preset has that name.
-        BadInput: the file cannot be read.
-    """
-    name = str(preset_or_toml)
-    if name.endswith(".toml"):
-        try:
-            return Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"{name}: cannot be read as a study file ({error})") from error
-    if name not in PRESETS:
-        raise UnknownName("preset (a file of your own must end in .toml)", name, PRESETS)
-    return PRESETS[name].read_text(encoding="utf-8")
-
-
 def parse(text: str, *, origin: str = "study") -> Spec:
     """The study that a TOML text describes; ``origin`` is what errors call it.
 
@@ -93,7 +74,7 @@ def parse(text: str, *, origin: str = "study") -> Spec:
     top = places.top
     _check_keys(data, {"name", "title", "seeds", "recipe", "cell"}, required={"name", "recipe", "cell"}, where=top)
     name = _typed(data, "name", str, top)
-    recipes: dict[str, Mapping[str, Any]] = {}
+    recipes: dict[str, _Table] = {}
     for index, table in enumerate(_tables(data, "recipe", top)):
         where = places.section("recipe", index)
         _check_keys(table, {"name", "stages"}, required={"name", "stages"}, where=where)
@@ -109,7 +90,7 @@ def parse(text: str, *, origin: str = "study") -> Spec:
     return Spec(name, _typed(data, "title", str, top, default=name), tuple(cells), text)
 
 
-def _cell(table: Mapping[str, Any], recipes: Mapping[str, Mapping[str, Any]], seeds: tuple[int, ...], where: str) -> Cell:
+def _cell(table: _Table, recipes: Mapping[str, _Table], seeds: tuple[int, ...], where: str) -> Cell:
     known = {"name", "task", "recipes", "model", "stage", "seeds", "why"}
     _check_keys(table, known, required={"task", "recipes"}, where=where)
     task = _named(table["task"], "task", tasks.get, where)
@@ -133,7 +114,7 @@ def _cell(table: Mapping[str, Any], recipes: Mapping[str, Mapping[str, Any]], se
     )
 
 
-def _recipe(table: Mapping[str, Any], defaults: Mapping[str, Any], task: Task, where: str) -> Recipe:
+def _recipe(table: _Table, defaults: _Table, task: Task, where: str) -> Recipe:
     stages = table["stages"]
     where = f"{where}, recipe {table['name']!r}"
     if not isinstance(stages, list) or not stages:
@@ -150,13 +131,13 @@ def _recipe(table: Mapping[str, Any], defaults: Mapping[str, Any], task: Task, w
         objective = _named(fields.pop("objective"), "objective", objectives.get, here)
         try:
             objective.check(task)
-            built.append(from_json(Stage, {**to_json(Stage(objective)), **fields}))
+            built.append(from_json(Stage, {"objective": to_json(objective), **fields}))
         except CircuitsError as error:
             raise BadInput(f"{here}: {error}") from error
     return Recipe(table["name"], tuple(built))
 
 
-def _model(task: Task, overrides: Mapping[str, Any], where: str) -> ModelConfig:
+def _model(task: Task, overrides: _Table, where: str) -> ModelConfig:
     """The task's default model with some fields changed; sizes that follow from d_model follow it."""
     data = to_json(training.default_model(task))
     if "d_model" in overrides:
@@ -165,6 +146,18 @@ def _model(task: Task, overrides: Mapping[str, Any], where: str) -> ModelConfig:
         return from_json(ModelConfig, {**data, **overrides})
     except CircuitsError as error:
         raise BadInput(f"{where}, model: {error}") from error
+
+
+def single(toml: _Table, *, where: str) -> tuple[Task, Recipe, ModelConfig]:
+    """One run's task, recipe and model from tables ``task``, ``objective``, ``stage`` and ``model``.
+
+    Raises:
+        BadInput: a name or key that does not exist, or a value that cannot be used.
+    """
+    task = _named(toml["task"], "task", tasks.get, where)
+    recipe = {"name": toml["objective"]["name"], "stages": [{"objective": toml["objective"], **toml["stage"]}]}
+    _check_keys(toml["model"], _MODEL_FIELDS, where=f"{where}, model")
+    return task, _recipe(recipe, {}, task, where), _model(task, toml["model"], where)
 
 
 def heading(task: Task) -> str:
@@ -188,7 +181,7 @@ def _named(value: object, kind: str, get: Any, where: str) -> Any:
         raise BadInput(f"{where}: {error}") from error
 
 
-def _seeds(table: Mapping[str, Any], where: str, *, default: tuple[int, ...]) -> tuple[int, ...]:
+def _seeds(table: _Table, where: str, *, default: tuple[int, ...]) -> tuple[int, ...]:
     seeds = table.get("seeds", list(default))
     valid = isinstance(seeds, list) and seeds and all(type(s) is int and 0 <= s < 2**63 for s in seeds)
     if not valid or len(set(seeds)) < len(seeds):
@@ -196,21 +189,21 @@ def _seeds(table: Mapping[str, Any], where: str, *, default: tuple[int, ...]) ->
     return tuple(seeds)
 
 
-def _typed(table: Mapping[str, Any], key: str, kind: type, where: str, *, default: Any = None) -> Any:
+def _typed(table: _Table, key: str, kind: type, where: str, *, default: Any = None) -> Any:
     value = table.get(key, default)
     if not isinstance(value, kind):
         raise BadInput(f"{where}: {key} = {value!r}: expected a {kind.__name__}")
     return value
 
 
-def _tables(data: Mapping[str, Any], key: str, where: str) -> Sequence[Mapping[str, Any]]:
+def _tables(data: _Table, key: str, where: str) -> Sequence[_Table]:
     value = data[key]
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
         raise BadInput(f"{where}: {key}: expected at least one [[{key}]] section")
     return value
 
 
-def _check_keys(table: Mapping[str, Any], known: set[str], *, where: str, required: set[str] | None = None) -> None:
+def _check_keys(table: _Table, known: set[str], *, where: str, required: set[str] | None = None) -> None:
     for key in table:
         if key not in known:
             raise BadInput(f"{where}: {UnknownName('key', key, known)}")

@@ -1,0 +1,140 @@
+"""What a worker does with one run: train it, explain it, and keep what tables and figures need."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from circuits import discovery, mechanisms, training
+from circuits._io import make_directory, read_json, sha256_file, storage_errors, write_json
+from circuits.discovery import Circuit, Faithfulness
+from circuits.errors import CorruptRun, Diverged
+from circuits.mechanisms import Verdict
+from circuits.runs import Run
+from circuits.study.figure_data import figure_data
+from circuits.study.plan import Planned
+
+FORMAT = 1
+PAIRS = 128
+"""Clean and corrupt pairs that score the edges; as many others measure how faithful the circuit is."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was found out about one run; there is no circuit where nothing was learned."""
+
+    verdict: Verdict
+    circuit: Circuit | None
+    faithfulness: Faithfulness | None
+    figures: dict[str, Any]
+
+    @staticmethod
+    def load(folder: Path) -> Analysis:
+        """The analysis that ``complete`` wrote into a folder.
+
+        Raises:
+            CorruptRun: there is none, or a file of it is missing or altered.
+        """
+        manifest = read_manifest(folder)
+        if manifest is None or manifest["status"] != "done":
+            raise CorruptRun(f"{folder} holds no finished analysis: run the study again")
+        for name, digest in manifest["files"].items():
+            if sha256_file(folder / name) != digest:
+                raise CorruptRun(f"{folder / name} was altered: delete {folder} and run the study again")
+        found = (folder / "circuit").is_dir()
+        return Analysis(
+            Verdict.load(folder),
+            Circuit.load(folder / "circuit") if found else None,
+            Faithfulness.load(folder / "faithfulness") if found else None,
+            read_json(folder / "figures.json"),
+        )
+
+
+def complete(run: Planned) -> None:
+    """Train and analyse what is missing of a run; a run that diverges is recorded as such.
+
+    Raises:
+        CircuitsError: the run cannot be trained or analysed, or its files are damaged.
+    """
+    if is_complete(run):
+        return
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    try:
+        trained = training.train(
+            run.task, run.recipe, seed=run.seed, out=run.path, model=run.model, resume=True, progress=False
+        )
+    except Diverged as error:
+        record(run, "diverged", message=str(error), seconds=time.perf_counter() - started)
+        return
+    seconds = time.perf_counter() - started
+    analyse(trained, run.analysis)
+    record(run, "done", steps=int(trained.metrics["step"].max()), seconds=seconds)
+
+
+def analyse(run: Run, folder: Path) -> Analysis:
+    """The verdict, circuit, faithfulness and figure data of a finished run, written into a folder."""
+    with storage_errors(folder):
+        shutil.rmtree(folder, ignore_errors=not folder.exists())
+    make_directory(folder)
+    verdict = mechanisms.explain(run.model, run.task)
+    verdict.save(folder)
+    circuit = faithful = None
+    if verdict.label != "not-learned":
+        circuit = discovery.attribute(run.model, run.task.pairs(PAIRS, seed=0))
+        circuit.save(folder / "circuit")
+        faithful = discovery.faithfulness(run.model, circuit, run.task.pairs(PAIRS, seed=1))
+        faithful.save(folder / "faithfulness")
+    figures = figure_data(run.model, run.task, run.metrics)
+    write_json(folder / "figures.json", figures)
+    return Analysis(verdict, circuit, faithful, figures)
+
+
+def record(run: Planned, status: str, **values: Any) -> None:
+    """Write the analysis' manifest: how the run ended, and the sha256 of every file of the analysis."""
+    make_directory(run.analysis)
+    kept = [p for p in run.analysis.rglob("*") if p.is_file() and p.name[0] != "." and p.name != "manifest.json"]
+    files = {path.relative_to(run.analysis).as_posix(): sha256_file(path) for path in sorted(kept)}
+    manifest = {"format": FORMAT, "rule": mechanisms.VERSION, "status": status, **values, "files": files}
+    write_json(run.analysis / "manifest.json", manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of an analysis, None where there is none of this version and rule: then it is done again.
+
+    Raises:
+        CorruptRun: the manifest is damaged.
+    """
+    path = folder / "manifest.json"
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or not {"format", "rule", "status", "files"} <= manifest.keys():
+        raise CorruptRun(f"{path} is no manifest of an analysis: delete {folder} and run the study again")
+    current = (manifest["format"], manifest["rule"]) == (FORMAT, mechanisms.VERSION)
+    return manifest if current else None
+
+
+def read_verdict(folder: Path, manifest: Mapping[str, Any]) -> Verdict:
+    """The verdict of an analysis.
+
+    Raises:
+        CorruptRun: it is missing or was altered.
+    """
+    if sha256_file(folder / "verdict.json") != manifest["files"].get("verdict.json"):
+        raise CorruptRun(f"{folder / 'verdict.json'} was altered: delete {folder} and run the study again")
+    return Verdict.load(folder)
+
+
+def is_complete(run: Planned) -> bool:
+    """Whether a run needs nothing more: analysed, or known to diverge."""
+    manifest = read_manifest(run.analysis)
+    if manifest is None or manifest["status"] not in ("done", "diverged"):
+        return False
+    return manifest["status"] == "diverged" or (run.path / "manifest.json").exists()

@@ -1,0 +1,172 @@
+"""A study on disk, and how to run one."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from circuits._io import atomic_write, make_directory
+from circuits.errors import BadInput, CorruptRun
+from circuits.runs import Run
+from circuits.study import executor, read_toml, tables
+from circuits.study.analyse import Analysis, is_complete, read_manifest, read_verdict, record
+from circuits.study.grid import Spec, parse
+from circuits.study.plan import Planned, plan, shard_of
+from circuits.study.progress import Progress
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's directory: what was planned, and what has come of it so far."""
+
+    path: Path
+    spec: Spec
+    plan: tuple[Planned, ...]
+
+    @staticmethod
+    def load(path: Path | str) -> Study:
+        """The study in a directory, finished or not.
+
+        Raises:
+            BadInput: the directory holds no study, or one that this version cannot read.
+        """
+        folder = Path(path)
+        file = folder / "study.toml"
+        if not file.is_file():
+            raise BadInput(f"{folder} is not a study: it has no study.toml; expected a directory given to --out")
+        spec = parse(read_toml(file), origin=str(file))
+        return Study(folder, spec, plan(spec, folder))
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per run, as in ``results.parquet``."""
+        file = self.path / "results.parquet"
+        return tables.read(file) if file.exists() else self._rows()
+
+    @functools.cached_property
+    def runs(self) -> dict[str, Run]:
+        """The trained runs by id."""
+        return {run.id: Run.load(run.path) for run in self.plan if (run.path / "manifest.json").exists()}
+
+    def analysis(self, run_id: str) -> Analysis:
+        """What was found out about a run.
+
+        Raises:
+            BadInput: the study has no such run.
+            CorruptRun: its analysis is not finished, or damaged.
+        """
+        for run in self.plan:
+            if run.id == run_id:
+                return Analysis.load(run.analysis)
+        raise BadInput(f"study {self.spec.name!r} has no run {run_id!r}: see the column run_id of its table")
+
+    @property
+    def report(self) -> Path:
+        """The report, written now if it is missing or older than the table."""
+        file, table = self.path / "report.html", self.path / "results.parquet"
+        if file.exists() and table.exists() and file.stat().st_mtime_ns >= table.stat().st_mtime_ns:
+            return file
+        from circuits import report  # the one call upwards: the report knows studies, a study only where its own is
+
+        return report.write(self)
+
+    def rebuild(self) -> Study:
+        """Write the table again from the runs on disk, so that the report is due again, and return the study."""
+        tables.write(self._rows(), self.path / "results.parquet")
+        return self
+
+    def summary(self) -> pd.DataFrame:
+        """One row per cell and recipe, over seeds."""
+        return tables.summary(self.table)
+
+    def to_csv(self, path: Path | str) -> Path:
+        """Write the table of all runs as CSV and return its path."""
+        atomic_write(path, self.table.to_csv(index=False).encode())
+        return Path(path)
+
+    def to_latex(self, path: Path | str | None = None) -> str:
+        """Return the summary over seeds as a LaTeX table (booktabs), and write it where a path is given."""
+        text = tables.to_latex(self.table)
+        if path is not None:
+            atomic_write(path, text.encode())
+        return text
+
+    def _repr_html_(self) -> str:
+        return f"<b>{self.spec.name}</b>" + self.summary().to_html(float_format=lambda v: f"{v:.3f}", index=False)
+
+    def _rows(self) -> pd.DataFrame:
+        return tables.results(_row(run) for run in self.plan)
+
+
+def _row(run: Planned) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "cell": run.cell,
+        "task": run.task.name,
+        "recipe": run.recipe.name,
+        "objective": run.objective,
+        "seed": run.seed,
+        "why": run.why,
+        "run_id": run.id,
+        "status": "pending",
+    }
+    manifest = read_manifest(run.analysis)
+    if manifest is None:
+        return row
+    row |= {key: manifest.get(key) for key in ("status", "steps", "seconds")}
+    if manifest["status"] == "done":
+        row |= tables.verdict_columns(read_verdict(run.analysis, manifest))
+    return row
+
+
+def run(
+    preset_or_toml: str | Path,
+    *,
+    out: Path | str,
+    workers: int | None = None,
+    shard: str | None = None,
+    progress: bool = True,
+) -> Study:
+    """Return the study after training and analysing every run that is not done yet.
+
+    Args:
+        preset_or_toml: a preset's name, or the path of a TOML file.
+        out: the study's directory; what is done in it already is not done again.
+        workers: processes at a time; None: the number of cores. More do not make it faster.
+        shard: ``"i/n"``: only the i-th of n shares of the runs. The table covers what all shards finished so far.
+        progress: show progress on standard error.
+
+    Raises:
+        BadInput: a name or value in the preset, or ``workers`` or ``shard``, cannot be used.
+        StorageError: ``out`` cannot be written.
+    """
+    text = read_toml(preset_or_toml)
+    if workers is not None and (type(workers) is not int or workers < 1):
+        raise BadInput(f"workers = {workers!r}: expected a whole number >= 1")
+    executor.prepare()
+    spec = parse(text, origin=str(preset_or_toml))
+    folder = make_directory(out)
+    atomic_write(folder / "study.toml", text.encode())
+    study = Study(folder, spec, plan(spec, folder))
+    missing = [planned for planned in shard_of(study.plan, shard) if not _is_done(planned)]
+    workers = workers or executor.cores()
+    shown = Progress(missing, workers=workers, show=progress)
+    try:
+        outcomes = executor.execute(missing, workers=workers, watch=shown) if missing else []
+    finally:
+        shown.close()
+    for outcome in outcomes:
+        if outcome.error is not None and isinstance(outcome.job, Planned):
+            record(outcome.job, "failed", message=outcome.error)
+    return study.rebuild()
+
+
+def _is_done(planned: Planned) -> bool:
+    """Whether a run can be skipped; a damaged one is left to its worker, which says what is wrong with it."""
+    try:
+        return is_complete(planned)
+    except CorruptRun:
+        return False

@@ -82,3 +82,16 @@ def bootstrap_interval(
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
         raise BadInput(f"level = {level}: expected a confidence level between 0 and 1, such as 0.95")
+
+
+def resampling_counts(n: int, *, seed: int, resamples: int = 1000) -> NDArray[np.int64]:
+    """Return how often each of ``n`` units is drawn in each bootstrap resample, as a [resamples, n] array.
+
+    One product of it with per-unit values gives the bootstrap distribution of many means at once.
+
+    Raises:
+        BadInput: ``n`` or ``resamples`` is less than 1.
+    """
+    if n < 1 or resamples < 1:
+        raise BadInput(f"n = {n}, resamples = {resamples}: expected at least one of each")
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from circuits._stats import bootstrap_interval, wilson_interval
+from circuits._stats import bootstrap_interval, resampling_counts, wilson_interval
 from circuits.errors import BadInput
 
 
@@ -63,3 +63,13 @@ def test_bootstrap_of_one_value_and_of_equal_values_is_a_point() -> None:
 def test_bootstrap_refuses_what_it_cannot_resample(values: object) -> None:
     with pytest.raises(BadInput):
         bootstrap_interval(values, seed=0)
+
+
+def test_counts_resample_whole_samples_evenly() -> None:
+    counts = resampling_counts(7, seed=0, resamples=4000)
+    assert counts.shape == (4000, 7)
+    assert (counts.sum(1) == 7).all()
+    assert np.abs(counts.mean(0) - 1).max() < 0.06
+    assert (counts == resampling_counts(7, seed=0, resamples=4000)).all()
+    with pytest.raises(BadInput):
+        resampling_counts(0, seed=0)

@@ -1,0 +1,52 @@
+"""Where in a model the computation is: scores for every edge, and how faithful the top of them is.
+
+Everything runs on plain forward passes of our own model or of any ``TransformerBridge``: no flag of the model is set,
+nothing of it is changed, and no tokenizer is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from circuits.discovery.circuit import Circuit
+from circuits.discovery.curves import Faithfulness
+from circuits.discovery.eap import eap
+from circuits.discovery.eap_ig_inputs import eap_ig_inputs
+from circuits.discovery.evaluate import MIB_SHARES, ablated_metric, faithfulness
+from circuits.discovery.graph import Graph
+from circuits.discovery.metrics import log_probability, logit_difference
+from circuits.discovery.nodes import node_attribution
+from circuits.errors import UnknownName
+from circuits.model import HookedModel
+from circuits.tasks.base import Pairs
+
+__all__ = [
+    "METHODS",
+    "MIB_SHARES",
+    "Circuit",
+    "Faithfulness",
+    "Graph",
+    "ablated_metric",
+    "attribute",
+    "eap",
+    "eap_ig_inputs",
+    "faithfulness",
+    "log_probability",
+    "logit_difference",
+    "node_attribution",
+]
+
+METHODS: Mapping[str, Callable[..., Circuit]] = {"eap": eap, "eap-ig-inputs": eap_ig_inputs}
+
+
+def attribute(model: HookedModel, pairs: Pairs, *, method: str = "eap-ig-inputs", **options: Any) -> Circuit:
+    """Return the circuit that a method of ``METHODS`` finds; ``options`` are the method's own arguments.
+
+    Raises:
+        UnknownName: no such method.
+    """
+    name = method.replace("_", "-")
+    if name not in METHODS:
+        raise UnknownName("discovery method", method, METHODS)
+    return METHODS[name](model, pairs, **options)

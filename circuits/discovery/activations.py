@@ -1,0 +1,151 @@
+"""What one plain forward pass tells: every source's output and, backwards, the gradient at every reader's input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.discovery.metrics import Metric, measure, name_of
+from circuits.discovery.sites import Layer, Sites
+from circuits.errors import BadInput
+from circuits.model import HookedModel
+from circuits.tasks.base import Pairs
+
+Store = dict[str, Tensor]
+
+
+def source_values(model: HookedModel, sites: Sites, tokens: Int[Tensor, "batch pos"]) -> Store:
+    """Return the activations that determine every source's output, by hook name, without gradients."""
+    store: Store = {}
+    with torch.no_grad(), model.hooks(fwd_hooks=[(name, _keep(store, name)) for name in sites.source_hooks]):
+        model(tokens)
+    return store
+
+
+def gradients(
+    model: HookedModel,
+    sites: Sites,
+    tokens: Int[Tensor, "batch pos"],
+    pairs: Pairs,
+    metric: Metric,
+    *,
+    at: Sequence[str],
+    embed: Float[Tensor, "batch pos d_model"] | None = None,
+) -> tuple[Store, Store]:
+    """Return the activations of a run, and the gradient of each example's metric at the hooks ``at``.
+
+    Gradients are taken on activations only: no parameter's gradient is computed or touched.
+
+    Args:
+        model: The model.
+        sites: Its sources and readers.
+        tokens: What it reads.
+        pairs: The pairs that the metric is computed on.
+        metric: One number per example.
+        at: The hooks at which gradients are wanted.
+        embed: Token embeddings to put in place of the model's own.
+
+    Raises:
+        BadInput: the metric does not depend on the logits.
+    """
+    store: Store = {}
+    wanted = [*sites.source_hooks, *(layer.resid for layer in sites.layers), *sites.reader_hooks]
+
+    def start(tensor: Tensor, *, hook: Any) -> Tensor:
+        # A leaf of its own, so that there is a graph even where all parameters are frozen.
+        store[sites.embed] = (tensor if embed is None else embed).detach().requires_grad_()
+        return store[sites.embed]
+
+    hooks = [(name, _branch(store, name)) for name in wanted if name != sites.embed]
+    with torch.inference_mode(False), torch.enable_grad():
+        with model.hooks(fwd_hooks=[(sites.embed, start), *hooks]):
+            logits = model(tokens)
+        total = measure(metric, logits, pairs).sum()
+        if not total.requires_grad:
+            raise BadInput(f"metric {name_of(metric)} does not depend on the logits: expected a differentiable one")
+        found = torch.autograd.grad(total, [store[name] for name in at], allow_unused=True)
+    values = {name: tensor.detach() for name, tensor in store.items()}
+    return values, {n: torch.zeros_like(values[n]) if g is None else g for n, g in zip(at, found, strict=True)}
+
+
+def _keep(store: Store, name: str) -> Callable[..., None]:
+    def hook(tensor: Tensor, *, hook: Any) -> None:
+        store[name] = tensor
+
+    return hook
+
+
+def _branch(store: Store, name: str) -> Callable[..., Tensor]:
+    """A hook that passes its value on as a view, which is what lies downstream even where the hook converts shapes."""
+
+    def hook(tensor: Tensor, *, hook: Any) -> Tensor:
+        store[name] = tensor.view_as(tensor)
+        return store[name]
+
+    return hook
+
+
+def source_differences(
+    sites: Sites, corrupt: Mapping[str, Tensor], clean: Mapping[str, Tensor]
+) -> Float[Tensor, "source batch pos d_model"]:
+    """Return what each source writes on the corrupt run minus what it writes on the clean one."""
+    first = clean[sites.embed]
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    out = torch.empty(len(sites.graph.sources), *first.shape, dtype=dtype, device=first.device)
+    out[0] = corrupt[sites.embed] - first
+    at = 1
+    if sites.pos_embed is not None:
+        out[1] = corrupt[sites.pos_embed] - clean[sites.pos_embed]
+        at = 2
+    for layer in sites.layers:
+        heads = layer.W_O.shape[0]
+        out[at : at + heads] = head_outputs(layer, (corrupt[layer.z] - clean[layer.z]).to(dtype))
+        at += heads
+        if layer.mlp_out is not None:
+            out[at] = corrupt[layer.mlp_out] - clean[layer.mlp_out]
+            at += 1
+    return out
+
+
+def head_outputs(layer: Layer, z: Float[Tensor, "*batch pos head d_head"]) -> Float[Tensor, "head *batch pos d_model"]:
+    """Return what each head writes, without the output bias, which belongs to no head."""
+    rows = z.flatten(0, -3).transpose(0, 1)
+    return torch.bmm(rows, layer.W_O.to(z.dtype)).unflatten(1, z.shape[:-2])
+
+
+def reader_gradients(
+    sites: Sites, i: int, values: Mapping[str, Tensor], grads: Mapping[str, Tensor]
+) -> Float[Tensor, "reader batch pos d_model"]:
+    """Return the gradient at the residual input of each q, k and v of layer ``i``, from those at q, k and v.
+
+    With y = (x - mean) / s the standardised input, the gradient g of q goes back to
+    (t - y (y . t) / d_model) / s, where t = W g is centred for LayerNorm. Since W^T y is q without its offset,
+    y . t costs one product per head and not one per model dimension.
+
+    Source: the Jacobian of LayerNorm (Ba et al. 2016, arXiv 1607.06450, equation 3) and RMSNorm (Zhang and
+    Sennrich 2019, arXiv 1910.07467, equation 4), with the affine part folded into the weights.
+    """
+    layer = sites.layers[i]
+    x = values[layer.resid]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    standardised, inverse = layer.norm.standardise(x.to(dtype))
+    n, d_model = x.shape[0] * x.shape[1], x.shape[2]
+    counts = [W.shape[0] for W in layer.W]
+    out = torch.empty(sum(counts), n, d_model, dtype=dtype, device=x.device)
+    at = 0
+    for name, W, offset, count in zip(layer.qkv, layer.W_back, layer.offsets, counts, strict=True):
+        grad = grads[name].to(dtype)
+        if layer.norm.kind is not None:
+            grad = grad * inverse[..., None]
+        block = out[at : at + count]
+        torch.bmm(grad.flatten(0, 1).transpose(0, 1), W.to(dtype), out=block)
+        if layer.norm.kind is not None:
+            value = values[name].to(dtype)
+            along = ((value if offset is None else value - offset) * grad).sum(-1) / d_model
+            block.addcmul_(along.flatten(0, 1).T[..., None], standardised.view(1, n, d_model), value=-1)
+        at += count
+    return out.view(-1, *x.shape)

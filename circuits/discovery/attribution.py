@@ -1,0 +1,188 @@
+"""The engine under every gradient method: first-order effects of all edges or sources from plain forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from circuits.discovery.activations import Store, gradients, reader_gradients, source_differences, source_values
+from circuits.discovery.metrics import Metric, check_pairs, name_of, select
+from circuits.discovery.sites import Sites, check_exact, sites_of
+from circuits.errors import BadInput
+from circuits.model import HookedModel
+from circuits.tasks.base import Pairs
+
+Product = Callable[[Store, Store], Float[Tensor, "batch score"]]
+"""From the activations and gradients of a run to one number per pair and edge (or source)."""
+
+BUDGET = 512 * 2**20
+"""Bytes that the differences of all sources may take at a time, from which the batch size follows."""
+
+
+def integration_points(steps: int) -> list[float]:
+    """Return the points k / steps for k = 1 ... steps, from near the corrupt input (0) to the clean one (1).
+
+    Raises:
+        BadInput: ``steps`` is less than 1.
+    """
+    if steps < 1:
+        raise BadInput(f"steps = {steps}: expected at least 1")
+    return [k / steps for k in range(1, steps + 1)]
+
+
+def edge_effects(
+    model: HookedModel,
+    pairs: Pairs,
+    metric: Metric,
+    points: Sequence[float],
+    *,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> tuple[Sites, Float[Tensor, "pair edge"]]:
+    """Return the model's sites, and for each pair (a_corrupt - a_clean) . gradient of every edge.
+
+    Args:
+        model: The model.
+        pairs: Clean and corrupt inputs.
+        metric: One number per pair.
+        points: Where gradients are taken and averaged: at t the token embedding is corrupt + t (clean - corrupt),
+            so 1.0 is the clean run.
+        batch_size: Pairs at a time.
+        progress: Whether to show a bar.
+
+    Raises:
+        BadInput: the pairs do not line up, the metric is constant, or a score is not finite.
+        UnsupportedModel: the model has a part that edges cannot represent.
+    """
+    sites = sites_of(model)
+    names = [f"edge {source} -> {reader}" for source, reader in sites.graph.edges]
+    at = sites.reader_hooks
+    return sites, _effects(model, sites, pairs, metric, points, at, _edge_product, names, batch_size, progress)
+
+
+def source_effects(
+    model: HookedModel,
+    pairs: Pairs,
+    metric: Metric,
+    points: Sequence[float],
+    *,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> tuple[Sites, Float[Tensor, "pair source"]]:
+    """Return the model's sites, and for each pair (a_corrupt - a_clean) . gradient of every source's output.
+
+    Arguments and errors are those of ``edge_effects``.
+    """
+    sites = sites_of(model)
+    names = [f"source {source}" for source in sites.graph.sources]
+    at = sites.source_hooks
+    return sites, _effects(model, sites, pairs, metric, points, at, _source_product, names, batch_size, progress)
+
+
+def _effects(
+    model: HookedModel,
+    sites: Sites,
+    pairs: Pairs,
+    metric: Metric,
+    points: Sequence[float],
+    at: Sequence[str],
+    prepare: Callable[[Sites, Store, Store], Product],
+    names: Sequence[str],
+    batch_size: int | None,
+    progress: bool,
+) -> Float[Tensor, "pair score"]:
+    check_pairs(pairs)
+    pairs = pairs.to(model.cfg.device)
+    scores: list[Tensor] = []
+    largest = 0.0
+    slices = _slices(sites, pairs, model.cfg.d_model, batch_size)
+    for rows in tqdm(slices, desc="attribution", unit="batch", disable=not progress or len(slices) == 1):
+        part = select(pairs, rows)
+        corrupt = source_values(model, sites, part.corrupt)
+        values, grads = gradients(model, sites, part.clean, part, metric, at=at)
+        if not scores:
+            check_exact(sites, values)
+        clean, product = values, prepare(sites, corrupt, values)
+        start, way = corrupt[sites.embed], values[sites.embed] - corrupt[sites.embed]
+        total = torch.zeros((), device=start.device)
+        for point in points:
+            if point != 1.0:
+                values, grads = gradients(model, sites, part.clean, part, metric, at=at, embed=start + point * way)
+            # the last hook lies nearest to the logits: without a gradient there, there is none anywhere
+            largest = max(largest, float(grads[at[-1]].abs().max()))
+            total = total + product(values, grads)
+        scores.append(total / len(points))
+        if not bool(torch.isfinite(scores[-1]).all()):
+            raise BadInput(_not_finite(sites, scores[-1], names, corrupt, clean))
+    if largest == 0:
+        where = "the clean inputs" if tuple(points) == (1.0,) else "every point of the path"
+        raise BadInput(
+            f"the gradient of metric {name_of(metric)} is zero at {where}: all scores would be zero. A divergence "
+            f"from the clean output does that at the clean point; take logit_difference or log_probability"
+        )
+    return torch.cat(scores)
+
+
+def _slices(sites: Sites, pairs: Pairs, d_model: int, batch_size: int | None) -> list[slice]:
+    if batch_size is None:
+        readers = len(sites.graph.readers) // len(sites.layers)
+        per_pair = (len(sites.graph.sources) + readers) * pairs.clean.shape[1] * d_model * 4
+        batch_size = max(1, BUDGET // per_pair)
+    if batch_size < 1:
+        raise BadInput(f"batch_size = {batch_size}: expected at least 1")
+    return [slice(i, i + batch_size) for i in range(0, len(pairs), batch_size)]
+
+
+def _edge_product(sites: Sites, corrupt: Store, clean: Store) -> Product:
+    """Prepare the product of every visible difference with every reader's gradient, in the order of the edges."""
+    differences = source_differences(sites, corrupt, clean)
+    by_pair = differences.transpose(0, 1).flatten(2)
+    visible = sites.graph.visible
+
+    def product(values: Store, grads: Store) -> Float[Tensor, "batch edge"]:
+        blocks: list[Tensor] = []
+        reader = 0
+        for gradient in _by_layer(sites, values, grads):
+            rows = gradient.to(differences.dtype).transpose(0, 1).flatten(2)
+            blocks.append(torch.bmm(rows, by_pair[:, : visible[reader]].transpose(1, 2)).flatten(1))
+            reader += rows.shape[1]
+        return torch.cat(blocks, 1)
+
+    return product
+
+
+def _by_layer(sites: Sites, values: Store, grads: Store) -> Iterator[Float[Tensor, "reader batch pos d_model"]]:
+    """Yield the gradient at every reader's input, in blocks of readers that see the same sources."""
+    for i, layer in enumerate(sites.layers):
+        yield reader_gradients(sites, i, values, grads)
+        if layer.mlp_in is not None:
+            yield grads[layer.mlp_in][None]
+    yield grads[sites.final][None]
+
+
+def _source_product(sites: Sites, corrupt: Store, clean: Store) -> Product:
+    """Prepare the product of each source's difference with the gradient at its output, heads by their z."""
+
+    def product(values: Store, grads: Store) -> Float[Tensor, "batch source"]:
+        columns: list[Tensor] = []
+        for name in sites.source_hooks:
+            dtype = torch.promote_types(clean[name].dtype, torch.float32)
+            along = ((corrupt[name] - clean[name]).to(dtype) * grads[name].to(dtype)).sum((1, -1))
+            columns.append(along if along.ndim == 2 else along[:, None])
+        return torch.cat(columns, 1)
+
+    return product
+
+
+def _not_finite(
+    sites: Sites, effects: Float[Tensor, "batch score"], names: Sequence[str], corrupt: Store, clean: Store
+) -> str:
+    for name, difference in zip(sites.graph.sources, source_differences(sites, corrupt, clean), strict=True):
+        if not bool(torch.isfinite(difference).all()):
+            return f"the output of source {name} is not finite: check the model's weights"
+    first = int((~torch.isfinite(effects).all(0)).nonzero()[0])
+    return f"the score of {names[first]} is not finite although its source is: check the metric's gradient"

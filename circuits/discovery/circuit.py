@@ -1,0 +1,210 @@
+"""A circuit: a score for every edge of a model's graph, and which edges are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from circuits._io import atomic_write, from_json, make_directory, read_bytes, read_json, to_json, write_json
+from circuits._stats import resampling_counts
+from circuits.discovery.graph import Graph
+from circuits.errors import BadInput, CorruptRun, IncompatibleRun
+
+if TYPE_CHECKING:
+    import networkx as nx
+    import pandas as pd
+    import plotly.graph_objects as go
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """Scores over the edges of a graph, and the edges that are kept (all of them, as a method returns it).
+
+    A score is the effect of corrupting the edge on the mean metric, in the metric's unit: an edge that supports the
+    answer has a negative score under ``logit_difference``.
+    """
+
+    graph: Graph
+    scores: Float[Tensor, " edge"]
+    kept: Bool[Tensor, " edge"]
+    method: str
+    metric: str
+    per_example: Float[Tensor, "pair edge"] | None = None
+    """The effect on each pair's own metric, of which ``scores`` is the mean."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("scores", "kept"):
+            if getattr(self, name).shape != (self.graph.n_edges,):
+                shape = tuple(getattr(self, name).shape)
+                raise BadInput(f"{name} has shape {shape}: expected one number for each of {self.graph.n_edges} edges")
+
+    @staticmethod
+    def of_effects(
+        graph: Graph, effects: Float[Tensor, "pair edge"], *, method: str, metric: str, details: Mapping[str, Any]
+    ) -> Circuit:
+        """Return the circuit that keeps every edge, scored by its mean effect over pairs."""
+        scores = effects.mean(0)
+        return Circuit(graph, scores, torch.ones_like(scores, dtype=torch.bool), method, metric, effects, details)
+
+    @property
+    def n_kept(self) -> int:
+        """Number of edges kept."""
+        return int(self.kept.sum())
+
+    @property
+    def edges(self) -> tuple[tuple[str, str], ...]:
+        """The kept edges as (source, reader), in order of execution."""
+        return tuple(edge for edge, kept in zip(self.graph.edges, self.kept.tolist(), strict=True) if kept)
+
+    def ranking(self, *, absolute: bool = True) -> Int[Tensor, " edge"]:
+        """Return all edges' numbers, the most important first; ties in order of execution.
+
+        Args:
+            absolute: By the size of the score; otherwise by how much corrupting the edge lowers the metric.
+        """
+        importance = self.scores.abs() if absolute else -self.scores
+        return importance.argsort(descending=True, stable=True)
+
+    def top(self, n: int, *, absolute: bool = True) -> Circuit:
+        """Return the circuit that keeps the ``n`` most important edges.
+
+        Raises:
+            BadInput: ``n`` is negative or exceeds the number of edges.
+        """
+        if not 0 <= n <= self.graph.n_edges:
+            raise BadInput(f"n = {n}: expected 0 to {self.graph.n_edges} edges")
+        kept = torch.zeros_like(self.kept)
+        kept[self.ranking(absolute=absolute)[:n]] = True
+        return replace(self, kept=kept)
+
+    def threshold(self, at_least: float) -> Circuit:
+        """Return the circuit that keeps the edges whose score is at least this large in size."""
+        return replace(self, kept=self.scores.abs() >= at_least)
+
+    def pruned(self) -> Circuit:
+        """Return the circuit without the edges that are on no path from an embedding to the logits."""
+        return replace(self, kept=self.graph.connected(self.kept))
+
+    def interval(
+        self, *, level: float = 0.95, seed: int = 0, resamples: int = 1000
+    ) -> tuple[Float[Tensor, " edge"], Float[Tensor, " edge"]]:
+        """Return each score's percentile-bootstrap interval over pairs, low and high.
+
+        Raises:
+            BadInput: the method kept no scores per pair.
+        """
+        if self.per_example is None:
+            raise BadInput(f"{self.method} kept no scores per pair, so there are no intervals")
+        return mean_interval(self.per_example, level=level, seed=seed, resamples=resamples)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per edge, the largest score first; the index is the edge's number in the graph."""
+        import pandas as pd
+
+        order = self.ranking().tolist()
+        columns: dict[str, Any] = {
+            "source": [self.graph.edges[i][0] for i in order],
+            "reader": [self.graph.edges[i][1] for i in order],
+            "score": self.scores[order].tolist(),
+        }
+        if self.per_example is not None:
+            low, high = self.interval()
+            columns |= {"low": low[order].tolist(), "high": high[order].tolist()}
+        return pd.DataFrame(columns | {"kept": self.kept[order].tolist()}, index=pd.Index(order, name="edge"))
+
+    def to_networkx(self) -> nx.MultiDiGraph:
+        """Return the kept edges as a graph between components, with ``reader`` and ``score`` on every edge."""
+        import networkx as nx
+
+        graph = nx.MultiDiGraph(method=self.method, metric=self.metric)
+        targets = dict(zip(self.graph.readers, self.graph.feeds, strict=True))
+        scores = self.scores.tolist()
+        for source, reader in self.edges:
+            score = scores[self.graph.index(source, reader)]
+            for target in [self.graph.sources[i] for i in targets[reader]] or [reader]:
+                graph.add_edge(source, target, reader=reader, score=score)
+        return graph
+
+    def figure(self, *, top: int = 40) -> go.Figure:
+        """Return the kept edges, at most the ``top`` largest of them, drawn from the embeddings up to the logits."""
+        from circuits.discovery.figures import draw_circuit
+
+        return draw_circuit(self, top=top)
+
+    def _repr_html_(self) -> str:
+        frame = self.to_frame()
+        rows = frame[frame.pop("kept")].head(15).to_html(float_format=lambda v: f"{v:+.4f}")
+        return f"<p><b>{escape(self._title())}</b></p>{rows}"
+
+    def __repr__(self) -> str:
+        return f"Circuit({self._title()})"
+
+    def _title(self) -> str:
+        return f"{self.n_kept} of {self.graph.n_edges} edges, {self.method}, {self.metric}"
+
+    def save(self, directory: Path | str) -> Path:
+        """Write ``circuit.safetensors``, then ``circuit.json``, into a directory and return its path.
+
+        Raises:
+            StorageError: the directory cannot be written.
+        """
+        from safetensors.torch import save
+
+        directory = make_directory(directory)
+        tensors = {"scores": self.scores, "kept": self.kept}
+        if self.per_example is not None:
+            tensors["per_example"] = self.per_example
+        data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+        fields = {name: getattr(self, name) for name in ("graph", "method", "metric", "details")}
+        digest = atomic_write(directory / "circuit.safetensors", data)
+        write_json(directory / "circuit.json", {"schema": SCHEMA, "sha256": digest} | to_json(fields))
+        return directory
+
+    @staticmethod
+    def load(directory: Path | str) -> Circuit:
+        """Return the circuit stored in a directory.
+
+        Raises:
+            CorruptRun: a file is missing, damaged or altered.
+            IncompatibleRun: it was written in another format version.
+        """
+        from safetensors.torch import load
+
+        where = Path(directory) / "circuit.json"
+        stored = read_json(where)
+        if not isinstance(stored, dict) or "schema" not in stored:
+            raise CorruptRun(f"{where} does not describe a circuit: compute it anew")
+        if stored["schema"] != SCHEMA:
+            raise IncompatibleRun(f"{where} has schema {stored['schema']}: expected {SCHEMA}; compute it anew")
+        try:
+            tensors: dict[str, Any] = load(read_bytes(Path(directory) / "circuit.safetensors", sha256=stored["sha256"]))
+            graph = from_json(Graph, stored["graph"])
+            return Circuit(graph=graph, **tensors, **{name: stored[name] for name in ("method", "metric", "details")})
+        except (KeyError, TypeError, BadInput) as error:
+            raise CorruptRun(f"{where} does not describe a circuit ({error}): compute it anew") from error
+
+
+def mean_interval(
+    values: Float[Tensor, "pair column"], *, level: float = 0.95, seed: int = 0, resamples: int = 1000
+) -> tuple[Float[Tensor, " column"], Float[Tensor, " column"]]:
+    """Return the percentile-bootstrap interval, low and high, of each column's mean over resampled pairs.
+
+    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
+    """
+    counts = torch.from_numpy(resampling_counts(len(values), seed=seed, resamples=resamples))
+    weights = counts.to(values) / len(values)
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2]).to(values)
+    # columns in groups: torch.quantile takes at most 16 million numbers
+    groups = values.split(max(1, 4_000_000 // resamples), dim=1)
+    low, high = torch.cat([torch.quantile(weights @ group, ends, dim=0) for group in groups], 1)
+    return low, high

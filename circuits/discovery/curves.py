@@ -1,0 +1,248 @@
+"""The faithfulness curve of a circuit, its two areas, and the control of random circuits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from circuits._io import make_directory, read_json, write_json
+from circuits._stats import resampling_counts
+from circuits.errors import BadInput, CorruptRun, IncompatibleRun
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+SCHEMA = 1
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Faithfulness:
+    """How much of the metric's gap circuits of growing size recover, with the areas CPR and CMD.
+
+    Intervals are 95 % percentile-bootstrap intervals over pairs; those of the random circuits span their 2.5th to
+    97.5th percentile over draws.
+    """
+
+    curve: pd.DataFrame
+    """One row per size and ``ranking`` (signed, absolute, random): ``n_edges``, ``n_connected`` (on a path from an
+    embedding to the logits), ``share`` of the edges, ``metric``, ``faithfulness``, ``low``, ``high``."""
+    cpr: float
+    cpr_interval: Interval
+    cmd: float
+    cmd_interval: Interval
+    cpr_random: float
+    cpr_random_interval: Interval
+    cmd_random: float
+    cmd_random_interval: Interval
+    metric_full: float
+    metric_empty: float
+    n_edges: int
+    n_pairs: int
+    n_random: int
+    method: str
+    metric: str
+    ablation: str
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the areas, one row each, with their intervals and the control's."""
+        import pandas as pd
+
+        rows = {
+            name: {
+                "value": getattr(self, name),
+                "low": getattr(self, f"{name}_interval")[0],
+                "high": getattr(self, f"{name}_interval")[1],
+                "random": getattr(self, f"{name}_random"),
+                "random_low": getattr(self, f"{name}_random_interval")[0],
+                "random_high": getattr(self, f"{name}_random_interval")[1],
+            }
+            for name in ("cpr", "cmd")
+        }
+        return pd.DataFrame.from_dict(rows, orient="index")
+
+    def figure(self) -> go.Figure:
+        """Return the curve of both rankings over the share of edges kept, with intervals and the control."""
+        from circuits.discovery.figures import draw_faithfulness
+
+        return draw_faithfulness(self)
+
+    def _repr_html_(self) -> str:
+        about = f"{self.method}, {self.metric}, {self.ablation} ablation, {self.n_edges} edges, {self.n_pairs} pairs"
+        table = self.to_frame().to_html(float_format=lambda v: f"{v:.3f}")
+        return f"<p><b>CPR {self.cpr:.3f}, CMD {self.cmd:.3f}</b><br>{escape(about)}</p>{table}"
+
+    def __repr__(self) -> str:
+        return f"Faithfulness(cpr={self.cpr:.3f}, cmd={self.cmd:.3f}, {self.n_edges} edges, {self.n_pairs} pairs)"
+
+    def save(self, directory: Path | str) -> Path:
+        """Write ``faithfulness.json`` into a directory and return the directory.
+
+        Raises:
+            StorageError: the directory cannot be written.
+        """
+        data: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        data["curve"] = self.curve.to_dict(orient="list")
+        write_json(make_directory(directory) / "faithfulness.json", {"schema": SCHEMA} | data)
+        return Path(directory)
+
+    @staticmethod
+    def load(directory: Path | str) -> Faithfulness:
+        """Return what ``save`` wrote into a directory.
+
+        Raises:
+            CorruptRun: the file is missing or damaged.
+            IncompatibleRun: it was written in another format version.
+        """
+        import pandas as pd
+
+        where = Path(directory) / "faithfulness.json"
+        stored = read_json(where)
+        names = {field.name for field in fields(Faithfulness)}
+        if not isinstance(stored, dict) or not isinstance(stored.get("curve"), dict):
+            raise CorruptRun(f"{where} does not hold a faithfulness curve: compute it anew")
+        if stored.pop("schema", None) != SCHEMA:
+            raise IncompatibleRun(f"{where} is not of schema {SCHEMA}: compute it anew")
+        if set(stored) != names:
+            raise CorruptRun(f"{where} lacks or adds {', '.join(sorted(names ^ set(stored)))}: compute it anew")
+        data: dict[str, Any] = {k: tuple(v) if k.endswith("_interval") else v for k, v in stored.items()}
+        return Faithfulness(**data | {"curve": pd.DataFrame(stored["curve"])})
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Which circuits one curve evaluates: its ranking, shares of the edges, and numbers of edges."""
+
+    ranking: str
+    x: Sequence[float]
+    sizes: Sequence[int]
+
+
+def summarise(
+    table: Float[np.ndarray, "set pair"],
+    curves: Sequence[Curve],
+    connected: Sequence[int],
+    *,
+    n_edges: int,
+    seed: int,
+    method: str,
+    metric: str,
+    ablation: str,
+) -> Faithfulness:
+    """Return the curves, areas and intervals of circuits whose metric is known for every pair.
+
+    Args:
+        table: The metric of: the model without any edge, with every edge, and the circuits of each curve in turn.
+        curves: Signed ranking, absolute ranking, then the random ones.
+        connected: The number of connected edges of each row of ``table``.
+        n_edges: Of the graph.
+        seed: Of the bootstrap.
+        method: Of the scores.
+        metric: Its name.
+        ablation: Its name.
+
+    Raises:
+        BadInput: the metric is not finite, or does not change when every edge is ablated.
+    """
+    n = table.shape[1]
+    if not np.isfinite(table).all():
+        bad = int((~np.isfinite(table)).any(0).sum())
+        raise BadInput(f"metric {metric} is not finite on {bad} of {n} pairs: check the model and the metric")
+    empty, full = (float(row.mean()) for row in table[:2])
+    if abs(full - empty) <= 1e-6 * float(np.abs(table[:2]).mean()):
+        raise BadInput(
+            f"ablating every edge takes {metric} from {full:.4g} to {empty:.4g}: there is no gap for a circuit to "
+            f"recover; expected pairs whose corruption changes the model's answer"
+        )
+    point = _share_of_gap(table, np.full((1, n), 1 / n))
+    draws = _share_of_gap(table, resampling_counts(n, seed=seed) / n)
+    ends = np.cumsum([2, *(len(curve.sizes) for curve in curves)])
+    parts = [slice(a, b) for a, b in itertools.pairwise(ends.tolist())]
+    areas: dict[str, Any] = {}
+    for name, which in (("cpr", 0), ("cmd", 1)):
+        x = curves[which].x
+        random = [_area(name, c.x, point[:, p])[0] for c, p in list(zip(curves, parts, strict=True))[2:]]
+        areas[name] = float(_area(name, x, point[:, parts[which]])[0])
+        areas[f"{name}_interval"] = _span(_area(name, x, draws[:, parts[which]]))
+        areas[f"{name}_random"] = float(np.mean(random))
+        areas[f"{name}_random_interval"] = _span(np.array(random))
+    return Faithfulness(
+        curve=_frame(table, point, draws, curves, parts, connected),
+        metric_full=full,
+        metric_empty=empty,
+        n_edges=n_edges,
+        n_pairs=n,
+        n_random=len(curves) - 2,
+        method=method,
+        metric=metric,
+        ablation=ablation,
+        **areas,
+    )
+
+
+def _share_of_gap(
+    table: Float[np.ndarray, "set pair"], weights: Float[np.ndarray, "draw pair"]
+) -> Float[np.ndarray, "draw set"]:
+    """How much of the gap each set of edges recovers, by weights of the pairs; first come no edge and every edge."""
+    metric = weights @ table.T
+    empty, full = metric[:, :1], metric[:, 1:2]
+    with np.errstate(divide="ignore", invalid="ignore"):  # a resample may have no gap: left out of the intervals
+        return (metric - empty) / (full - empty)
+
+
+def _area(name: str, x: Sequence[float], f: Float[np.ndarray, "draw size"]) -> np.ndarray:
+    from scipy.integrate import trapezoid
+
+    return trapezoid(f if name == "cpr" else np.abs(1 - f), x, axis=-1)
+
+
+def _span(draws: np.ndarray) -> Interval:
+    low, high = np.quantile(draws[np.isfinite(draws)], [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _frame(
+    table: np.ndarray,
+    point: np.ndarray,
+    draws: np.ndarray,
+    curves: Sequence[Curve],
+    parts: Sequence[slice],
+    connected: Sequence[int],
+) -> pd.DataFrame:
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+    for curve, part in list(zip(curves, parts, strict=True))[:2]:
+        for i, (share, size) in enumerate(zip(curve.x, curve.sizes, strict=True), part.start):
+            low, high = _span(draws[:, i])
+            rows.append(_row(curve.ranking, size, connected[i], share, table[i].mean(), point[0, i], low, high))
+    control = parts[2:]
+    for j, (share, size) in enumerate(zip(curves[2].x, curves[2].sizes, strict=True)):
+        sets = [part.start + j for part in control]
+        low, high = _span(point[0, sets])
+        mean_connected = float(np.mean([connected[i] for i in sets]))
+        rows.append(_row("random", size, mean_connected, share, table[sets].mean(), point[0, sets].mean(), low, high))
+    return pd.DataFrame(rows)
+
+
+def _row(
+    ranking: str, size: int, connected: float, share: float, metric: float, f: float, low: float, high: float
+) -> dict[str, Any]:
+    return {
+        "ranking": ranking,
+        "n_edges": int(size),
+        "n_connected": float(connected),
+        "share": float(share),
+        "metric": float(metric),
+        "faithfulness": float(f),
+        "low": low,
+        "high": high,
+    }

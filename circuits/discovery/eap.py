@@ -1,0 +1,46 @@
+"""Edge attribution patching."""
+
+from __future__ import annotations
+
+from circuits.discovery.attribution import edge_effects
+from circuits.discovery.circuit import Circuit
+from circuits.discovery.metrics import Metric, logit_difference, name_of
+from circuits.model import HookedModel
+from circuits.tasks.base import Pairs
+
+
+def eap(
+    model: HookedModel,
+    pairs: Pairs,
+    *,
+    metric: Metric = logit_difference,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> Circuit:
+    """Return every edge's first-order effect, with the gradient at the clean input.
+
+    The score of the edge u -> v is (a_u on the corrupt run - a_u on the clean run) . dm/dx_v, summed over positions
+    and averaged over pairs: what corrupting that edge alone would do to the metric m if m were linear. It costs one
+    forward on the corrupt inputs, a forward and a backward on the clean ones, and products of the size of the
+    attention projections.
+
+    Args:
+        model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
+        pairs: Clean and corrupt inputs.
+        metric: One number per pair from the logits at its position; ``logit_difference`` unless given.
+        batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
+        progress: Whether to show a bar.
+
+    Source: Syed, Rager and Conmy 2023, arXiv 2310.10348, section 2.
+
+    Fails when: the metric saturates (a softmax near 0 or 1, an attention pattern that has already chosen), where
+    the gradient at the clean input is small although the effect is large; ``eap_ig_inputs`` exists for that.
+    Components that differ in nothing between clean and corrupt score zero whatever they do.
+
+    Raises:
+        BadInput: the pairs do not line up, or the metric gives no gradient.
+        UnsupportedModel: the model has a part that edges cannot represent.
+    """
+    sites, effects = edge_effects(model, pairs, metric, [1.0], batch_size=batch_size, progress=progress)
+    details = {"pairs": len(pairs), "changed": pairs.changed}
+    return Circuit.of_effects(sites.graph, effects, method="eap", metric=name_of(metric), details=details)

@@ -1,0 +1,198 @@
+"""Drawings of a circuit and of its faithfulness curve."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import plotly.graph_objects as go
+
+import circuits._style  # noqa: F401  (registers the template)
+
+if TYPE_CHECKING:
+    from circuits.discovery.circuit import Circuit
+    from circuits.discovery.curves import Faithfulness
+
+SUPPORTS, OPPOSES, NEUTRAL = "#1f77b4", "#d1495b", "#7a7f87"
+RANKINGS = {"signed": ("ranked by signed score (CPR)", SUPPORTS), "absolute": ("ranked by size (CMD)", "#e08e1b")}
+DASH = {"q": "dot", "k": "dash", "v": "solid"}
+Point = tuple[float, float]
+
+
+def draw_circuit(circuit: Circuit, *, top: int) -> go.Figure:
+    """Return the largest kept edges between the components, from the embeddings at the bottom up to the logits.
+
+    Width is the score's size, colour its sign, and the line's style the input of a head that the edge goes to.
+    """
+    graph = circuit.graph
+    order = [i for i in circuit.ranking().tolist() if bool(circuit.kept[i])][:top]
+    places = _places(graph.sources)
+    largest = max((abs(float(circuit.scores[i])) for i in order), default=1.0) or 1.0
+    interval = circuit.interval() if circuit.per_example is not None else None
+    targets = dict(zip(graph.readers, graph.feeds, strict=True))
+    traces: list[go.Scatter] = []
+    used: set[str] = set()
+    # the largest edges last, so that they lie on top
+    for i in reversed(order):
+        source, reader = graph.edges[i]
+        score = float(circuit.scores[i])
+        text = f"{source} → {reader}<br>score {score:+.4g}"
+        if interval is not None:
+            text += f"<br>95 % interval {float(interval[0][i]):+.4g} to {float(interval[1][i]):+.4g}"
+        for target in [graph.sources[t] for t in targets[reader]] or ["logits"]:
+            used |= {source, target}
+            traces.append(_edge(places, source, target, reader, score, largest, text))
+    figure = go.Figure([*traces, *_legend(), _nodes(places, used)])
+    rows = {places[name][1]: _row(name) for name in sorted(used, key=lambda name: places[name][1])}
+    figure.update_layout(
+        template="circuits",
+        title=f"Circuit: the {len(order)} largest of {circuit.n_kept} kept edges ({circuit.method}, {circuit.metric})",
+        xaxis={
+            "title": "position within a row: head number; MLPs at the right",
+            "showticklabels": False,
+            "showgrid": False,
+            "zeroline": False,
+        },
+        yaxis={
+            "title": "order of computation, upwards",
+            "tickvals": list(rows),
+            "ticktext": list(rows.values()),
+            "zeroline": False,
+        },
+        hovermode="closest",
+        legend={"orientation": "h", "y": -0.15},
+    )
+    return figure
+
+
+def _places(sources: Sequence[str]) -> dict[str, Point]:
+    """Where each component is drawn: a row for the embeddings, then one for each layer's heads and one for its MLP."""
+    heads = max((int(m[2]) for s in sources if (m := re.fullmatch(r"a(\d+)\.h(\d+)", s))), default=0) + 1
+    places: dict[str, Point] = {}
+    top = 0
+    for name in sources:
+        if name in ("embed", "pos_embed"):
+            places[name] = (-0.75 if name == "embed" else 0.75, 0.0)
+        elif name.startswith("a"):
+            layer, head = (int(part) for part in name[1:].split(".h"))
+            top = 2 * layer + 1
+            places[name] = (head - (heads - 1) / 2, float(top))
+        else:
+            top = 2 * int(name[1:]) + 2
+            places[name] = (heads / 2 + 0.25, float(top))
+    if "pos_embed" not in places:
+        places["embed"] = (0.0, 0.0)
+    return places | {"logits": (0.0, float(top + 1))}
+
+
+def _row(name: str) -> str:
+    if name == "logits":
+        return "logits"
+    if name in ("embed", "pos_embed"):
+        return "embeddings"
+    layer = name[1:].split(".")[0]
+    return f"layer {layer} heads" if name.startswith("a") else f"layer {layer} MLP"
+
+
+def _edge(
+    places: Mapping[str, Point], source: str, target: str, reader: str, score: float, largest: float, text: str
+) -> go.Scatter:
+    (x0, y0), (x1, y1) = places[source], places[target]
+    # Edges that skip rows bend outwards, away from the components between their ends.
+    bend = 0.18 * (y1 - y0 - 1) * (1 if x0 + x1 >= 0 else -1)
+    middle = ((x0 + x1) / 2 + bend, (y0 + y1) / 2)
+    steps = [i / 12 for i in range(13)]
+    return go.Scatter(
+        x=[(1 - t) ** 2 * x0 + 2 * t * (1 - t) * middle[0] + t**2 * x1 for t in steps],
+        y=[(1 - t) ** 2 * y0 + 2 * t * (1 - t) * middle[1] + t**2 * y1 for t in steps],
+        mode="lines",
+        line={
+            "width": 1 + 7 * abs(score) / largest,
+            "color": _colour(score),
+            "dash": DASH.get(reader.rpartition(".")[2], "solid"),
+        },
+        opacity=0.75,
+        text=[text] * len(steps),
+        hovertemplate="%{text}<extra></extra>",
+        showlegend=False,
+    )
+
+
+def _colour(score: float) -> str:
+    return SUPPORTS if score < 0 else OPPOSES if score > 0 else NEUTRAL
+
+
+def _legend() -> list[go.Scatter]:
+    entries = [
+        ("corrupting it lowers the metric", SUPPORTS, "solid"),
+        ("corrupting it raises the metric", OPPOSES, "solid"),
+        ("into a query", NEUTRAL, DASH["q"]),
+        ("into a key", NEUTRAL, DASH["k"]),
+    ]
+    return [
+        go.Scatter(x=[None], y=[None], mode="lines", name=name, line={"color": colour, "dash": dash, "width": 3})
+        for name, colour, dash in entries
+    ]
+
+
+def _nodes(places: Mapping[str, Point], used: set[str]) -> go.Scatter:
+    names = sorted(used, key=lambda name: places[name][::-1])
+    return go.Scatter(
+        x=[places[name][0] for name in names],
+        y=[places[name][1] for name in names],
+        mode="markers+text",
+        text=names,
+        textposition="middle right",
+        marker={"size": 13, "color": "white", "line": {"width": 2, "color": NEUTRAL}},
+        hovertemplate="%{text}<extra></extra>",
+        showlegend=False,
+    )
+
+
+def draw_faithfulness(result: Faithfulness) -> go.Figure:
+    """Return f against the share of edges kept, by both rankings, with intervals, the control and the ideal."""
+    traces: list[go.Scatter] = []
+    curves = {"random": (f"random circuits, {result.n_random} draws", NEUTRAL), **RANKINGS}
+    for ranking, (name, colour) in curves.items():
+        part = result.curve[result.curve["ranking"] == ranking].sort_values("share", kind="stable")
+        traces.append(
+            go.Scatter(
+                x=[*part["share"], *part["share"][::-1]],
+                y=[*part["high"], *part["low"][::-1]],
+                fill="toself",
+                fillcolor=colour,
+                opacity=0.18,
+                line={"width": 0},
+                mode="lines",
+                hoverinfo="skip",
+                showlegend=False,
+                legendgroup=ranking,
+            )
+        )
+        traces.append(
+            go.Scatter(
+                x=part["share"],
+                y=part["faithfulness"],
+                mode="lines+markers",
+                name=name,
+                legendgroup=ranking,
+                line={"color": colour, "width": 2, "dash": "dot" if ranking == "random" else "solid"},
+                marker={"size": 5},
+                customdata=part[["n_edges", "n_connected"]],
+                hovertemplate="%{customdata[0]} edges (%{customdata[1]:.0f} connected)<br>"
+                "recovers %{y:.3f} of the gap<extra></extra>",
+            )
+        )
+    low, high = (min(0.0, *result.curve["faithfulness"]), max(1.0, *result.curve["faithfulness"]))
+    figure = go.Figure(traces)
+    figure.add_hline(y=1, line={"dash": "dash", "width": 1, "color": NEUTRAL}, annotation_text="whole model")
+    figure.update_layout(
+        template="circuits",
+        title=f"Faithfulness: CPR {result.cpr:.2f}, CMD {result.cmd:.2f} ({result.method}, {result.ablation} ablation)",
+        xaxis={"title": f"edges kept (share of {result.n_edges})", "range": [0, 1.01]},
+        # Intervals may be as wide as they like; the curve decides what is shown.
+        yaxis={"title": f"share of the {result.metric} gap recovered", "range": [low - 0.1, high + 0.2]},
+        legend={"orientation": "h", "y": -0.2},
+    )
+    return figure

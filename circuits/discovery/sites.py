@@ -1,0 +1,225 @@
+"""Where a model's sources and readers are: hook names, and the weights between a reader's input and its hook."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.discovery.graph import Graph, has_position_embedding
+from circuits.errors import BadInput, UnsupportedModel
+from circuits.model import HookedModel, module_of
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """The normalization in front of a reader, in closed form."""
+
+    kind: str | None
+    weight: Float[Tensor, " d_model"] | None
+    bias: Float[Tensor, " d_model"] | None
+    eps: float
+
+    def standardise(
+        self, x: Float[Tensor, "*batch d_model"]
+    ) -> tuple[Float[Tensor, "*batch d_model"], Float[Tensor, "*batch 1"]]:
+        """Return ``x`` centred and scaled, before the weight and the bias, and the scale's inverse."""
+        if self.kind is None:
+            return x, torch.ones_like(x[..., :1])
+        centred = x - x.mean(-1, keepdim=True) if self.kind == "LN" else x
+        inverse = (centred.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()
+        return centred * inverse, inverse
+
+    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Return what the reader's weights are applied to."""
+        y, _ = self.standardise(x)
+        y = y if self.weight is None else y * self.weight
+        return y if self.bias is None else y + self.bias
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One block: its hook names and attention weights."""
+
+    resid: str
+    qkv: tuple[str, str, str]
+    z: str
+    mlp_in: str | None
+    mlp_out: str | None
+    norm: Norm
+    W: tuple[Float[Tensor, "_ d_model d_head"], ...]
+    """W_Q, W_K, W_V; the last two have fewer heads under grouped-query attention."""
+    b: tuple[Float[Tensor, "_ d_head"] | None, ...]
+    W_O: Float[Tensor, "head d_head d_model"]
+    b_O: Float[Tensor, " d_model"] | None
+
+    @cached_property
+    def W_back(self) -> tuple[Float[Tensor, "_ d_head d_model"], ...]:
+        """The weights that carry a gradient from q, k and v to the standardised input of the norm."""
+        back = [W if self.norm.weight is None else W * self.norm.weight[:, None] for W in self.W]
+        if self.norm.kind == "LN":
+            # centring is a projection: applied to the weights once, it need not be applied to every gradient
+            back = [W - W.mean(1, keepdim=True) for W in back]
+        return tuple(W.transpose(1, 2).contiguous() for W in back)
+
+    @cached_property
+    def offsets(self) -> tuple[Float[Tensor, "_ d_head"] | None, ...]:
+        """What q, k and v are at a standardised input of zero."""
+        if self.norm.bias is None:
+            return self.b
+        pairs = [(torch.einsum("d,hde->he", self.norm.bias, W), b) for W, b in zip(self.W, self.b, strict=True)]
+        return tuple(offset if b is None else offset + b for offset, b in pairs)
+
+    def project(self, which: int, x: Float[Tensor, "*batch _ pos d_model"]) -> Float[Tensor, "*batch head pos d_head"]:
+        """Return q (0), k (1) or v (2) from residual inputs that differ by head."""
+        out = self.norm(x) @ self.W[which]
+        b = self.b[which]
+        return out if b is None else out + b[:, None, :]
+
+
+@dataclass(frozen=True, eq=False)
+class Sites:
+    """Where each source and reader of a model is."""
+
+    graph: Graph
+    embed: str
+    pos_embed: str | None
+    layers: tuple[Layer, ...]
+    final: str
+
+    @property
+    def source_hooks(self) -> list[str]:
+        """The hooks whose values determine every source's output."""
+        names = [self.embed] if self.pos_embed is None else [self.embed, self.pos_embed]
+        for layer in self.layers:
+            names += [layer.z] if layer.mlp_out is None else [layer.z, layer.mlp_out]
+        return names
+
+    @property
+    def reader_hooks(self) -> list[str]:
+        """The hooks at which gradients are taken."""
+        names: list[str] = []
+        for layer in self.layers:
+            names += layer.qkv if layer.mlp_in is None else (*layer.qkv, layer.mlp_in)
+        return [*names, self.final]
+
+
+def sites_of(model: HookedModel) -> Sites:
+    """Return where each source and reader of a model is; nothing is run and nothing is changed.
+
+    Raises:
+        UnsupportedModel: a hook or weight is missing, named in the message.
+        BadInput: the model would drop activations at random.
+    """
+    dropping = [
+        name
+        for name, m in getattr(model, "named_modules", lambda: [])()
+        if isinstance(m, torch.nn.Dropout) and m.training and m.p > 0
+    ]
+    if dropping:
+        raise BadInput(f"dropout is active in {dropping[0]}: call model.eval() first")
+    graph = Graph.from_model(model)
+    hooks: Mapping[str, Any] = getattr(model, "hook_dict", {})
+    n_layers, attn_only = model.cfg.n_layers, bool(getattr(model.cfg, "attn_only", False))
+    layers = tuple(_layer(model, hooks, i, attn_only) for i in range(n_layers))
+    pos_embed = "hook_pos_embed" if has_position_embedding(model) else None
+    return Sites(graph, "hook_embed", pos_embed, layers, f"blocks.{n_layers - 1}.hook_resid_post")
+
+
+def _layer(model: HookedModel, hooks: Mapping[str, Any], i: int, attn_only: bool) -> Layer:
+    block = f"blocks.{i}"
+    attn = module_of(model, f"{block}.attn")
+    # On a bridge hook_mlp_in fires only under a flag of the model; the input of ln2 is the same place, always there.
+    mlp_in = next((n for n in (f"{block}.ln2.hook_in", f"{block}.hook_mlp_in") if n in hooks), None)
+    if not attn_only and mlp_in is None:
+        raise UnsupportedModel(
+            f"{block} of {type(model).__name__} has no hook at its MLP's input before the norm (ln2.hook_in or "
+            f"hook_mlp_in): expected an MLP with a norm of its own"
+        )
+    weights = [_weight(attn, name, block) for name in ("W_Q", "W_K", "W_V", "W_O")]
+    heads, kv = model.cfg.n_heads, getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads
+    for name, weight, expected in zip(("W_Q", "W_K", "W_V", "W_O"), weights, (heads, kv, kv, heads), strict=True):
+        if weight.ndim != 3 or weight.shape[0] != expected:
+            raise UnsupportedModel(
+                f"{block}.attn.{name} has shape {tuple(weight.shape)}: expected one matrix for each of {expected} heads"
+            )
+    biases = [_bias(attn, name, weights[j].shape[::2]) for j, name in enumerate(("b_Q", "b_K", "b_V"))]
+    return Layer(
+        resid=f"{block}.hook_resid_pre",
+        qkv=(f"{block}.attn.hook_q", f"{block}.attn.hook_k", f"{block}.attn.hook_v"),
+        z=f"{block}.attn.hook_z",
+        mlp_in=None if attn_only else mlp_in,
+        mlp_out=None if attn_only else f"{block}.hook_mlp_out",
+        norm=_norm(model, module_of(model, f"{block}.ln1")),
+        W=tuple(weights[:3]),
+        b=tuple(biases),
+        W_O=weights[3],
+        b_O=_bias(attn, "b_O", weights[3].shape[2:]),
+    )
+
+
+def _weight(attn: Any, name: str, block: str) -> Tensor:
+    weight = getattr(attn, name, None)
+    if not isinstance(weight, Tensor):
+        raise UnsupportedModel(f"{block}.attn has no {name}: expected standard attention with readable weights")
+    return weight.detach()
+
+
+def _bias(attn: Any, name: str, shape: torch.Size | tuple[int, ...]) -> Tensor | None:
+    bias = getattr(attn, name, None)
+    return bias.detach().reshape(shape) if isinstance(bias, Tensor) else None
+
+
+def _norm(model: HookedModel, ln: Any) -> Norm:
+    name = str(getattr(model.cfg, "normalization_type", None) or "").upper()
+    if not name or isinstance(ln, torch.nn.Identity):
+        return Norm(None, None, None, 0.0)
+    rms = getattr(ln, "uses_rms_norm", name.startswith("RMS"))
+    weight, bias = (None, None) if name.endswith("PRE") else (getattr(ln, "w", None), getattr(ln, "b", None))
+    if isinstance(weight, Tensor) and getattr(ln, "uses_weight_offset", False):
+        weight = weight + 1
+    return Norm(
+        "RMS" if rms else "LN",
+        weight.detach() if isinstance(weight, Tensor) else None,
+        bias.detach() if isinstance(bias, Tensor) and not rms else None,
+        float(getattr(model.cfg, "eps", 1e-5)),
+    )
+
+
+def check_exact(sites: Sites, store: Mapping[str, Tensor]) -> None:
+    """Check on one example of a run that the sources add up to the stream and that each reader reads it as assumed.
+
+    Raises:
+        UnsupportedModel: naming the first place where the model does something else.
+    """
+    values = {name: tensor[:1].detach() for name, tensor in store.items()}
+    stream = values[sites.embed]
+    stream = stream if sites.pos_embed is None else stream + values[sites.pos_embed]
+    for i, layer in enumerate(sites.layers):
+        _compare(values[layer.resid], stream, f"blocks.{i}.hook_resid_pre", "the sum of the sources before it")
+        heads_in = values[layer.resid][:, None]
+        for j, name in enumerate(layer.qkv):
+            expected = layer.project(j, heads_in).transpose(1, 2)
+            _compare(values[name], expected, name, "the projection of the normalised stream")
+        stream = stream + torch.einsum("bphe,hed->bpd", values[layer.z], layer.W_O)
+        stream = stream if layer.b_O is None else stream + layer.b_O
+        stream = stream if layer.mlp_out is None else stream + values[layer.mlp_out]
+    _compare(values[sites.final], stream, sites.final, "the sum of the sources before it")
+
+
+def _compare(got: Tensor, expected: Tensor, name: str, what: str) -> None:
+    if got.shape != expected.shape:
+        raise UnsupportedModel(f"{name} has shape {tuple(got.shape)}: expected {tuple(expected.shape)}, {what}")
+    wide = torch.promote_types(got.dtype, torch.float32)
+    error = (got.to(wide) - expected.to(wide)).norm()
+    tolerance = 1e-3 if got.dtype in (torch.float32, torch.float64) else 3e-2
+    if torch.isfinite(error) and error > tolerance * got.to(wide).norm() + 1e-6:
+        raise UnsupportedModel(
+            f"{name} is not {what} (off by {float(error / got.to(wide).norm()):.1e} of its norm): the model has a "
+            f"part that edges cannot represent, such as a norm or a scale after attention, or a hook edits it"
+        )

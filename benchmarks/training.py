@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,8 @@ CASES = (
 
 
 class PlainBlock(nn.Module):
+    mask: Tensor
+
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.heads = c.n_heads
@@ -87,6 +90,8 @@ class Plain(nn.Module):
         self.tok.weight.copy_(model.W_E)
         self.pos.copy_(model.W_pos)
         self.head.weight.copy_(model.W_U.T)
+        mine: Any
+        theirs: Any
         for mine, theirs in zip(self.blocks, model.blocks, strict=True):
             attn, mlp = theirs.attn, theirs.mlp
             mine.qkv.weight.copy_(torch.cat([w.mT.flatten(0, 1) for w in (attn.W_Q, attn.W_K, attn.W_V)]))
@@ -135,14 +140,11 @@ def measure(case: Case, repeats: int, seconds: float) -> dict[str, float | str]:
     count = max(1, round(seconds / cpu_seconds(steps["plain"], 3)))
     turns = [{name: cpu_seconds(step, count) for name, step in steps.items()} for _ in range(repeats)]
 
-    def median(f: Callable[[dict[str, float]], float]) -> float:
-        return statistics.median(f(turn) for turn in turns)
-
     return {
         "case": case.name,
-        **{f"{name}_ms": 1e3 * median(lambda turn, name=name: turn[name]) for name in models},
-        "speed_to_plain": median(lambda turn: turn["plain"] / turn["ours"]),
-        "speed_to_bridge": median(lambda turn: turn["bridge"] / turn["ours"]),
+        **{f"{name}_ms": 1e3 * statistics.median(turn[name] for turn in turns) for name in models},
+        "speed_to_plain": statistics.median(turn["plain"] / turn["ours"] for turn in turns),
+        "speed_to_bridge": statistics.median(turn["bridge"] / turn["ours"] for turn in turns),
     }
 
 

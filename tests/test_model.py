@@ -806,7 +806,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def refused(stored: Path, damaged: bytes) -> None:
+def check_refused(stored: Path, damaged: bytes) -> None:
     path = stored.with_name("damaged.safetensors")
     path.write_bytes(damaged)
     with pytest.raises(CorruptRun, match="altered"):
@@ -820,7 +820,7 @@ def refused(stored: Path, damaged: bytes) -> None:
 def test_a_flipped_bit_never_changes_a_weight_silently(stored: Path, where: float, bit: int) -> None:
     damaged = bytearray(stored.read_bytes())
     damaged[int(where * len(damaged))] ^= 1 << bit
-    refused(stored, damaged)
+    check_refused(stored, damaged)
 
 
 @settings(max_examples=100)
@@ -828,14 +828,14 @@ def test_a_flipped_bit_never_changes_a_weight_silently(stored: Path, where: floa
 def test_a_flip_in_the_header_is_found_even_without_the_hash(stored: Path, where: int, bit: int) -> None:
     damaged = bytearray(stored.read_bytes())
     damaged[where] ^= 1 << bit
-    refused(stored, damaged)
+    check_refused(stored, damaged)
 
 
 @settings(max_examples=40)
 @given(length=st.floats(0, 1, exclude_max=True))
 def test_a_truncated_file_is_refused(stored: Path, length: float) -> None:
     data = stored.read_bytes()
-    refused(stored, data[: int(length * len(data))])
+    check_refused(stored, data[: int(length * len(data))])
 
 
 def test_what_is_no_model_file_is_refused(tmp_path: Path, stored: Path) -> None:

@@ -103,13 +103,14 @@ def _effects(
     for rows in tqdm(slices, desc="attribution", unit="batch", disable=not progress or len(slices) == 1):
         part = select(pairs, rows)
         corrupt = source_values(model, sites, part.corrupt)
-        values, grads = gradients(model, sites, part.clean, part, metric, at=at)
+        clean, clean_grads = gradients(model, sites, part.clean, part, metric, at=at)
         if not scores:
-            check_exact(sites, values)
-        clean, product = values, prepare(sites, corrupt, values)
-        start, way = corrupt[sites.embed], values[sites.embed] - corrupt[sites.embed]
+            check_exact(sites, clean)
+        product = prepare(sites, corrupt, clean)
+        start, way = corrupt[sites.embed], clean[sites.embed] - corrupt[sites.embed]
         total = torch.zeros((), device=start.device)
         for point in points:
+            values, grads = clean, clean_grads
             if point != 1.0:
                 values, grads = gradients(model, sites, part.clean, part, metric, at=at, embed=start + point * way)
             # the last hook lies nearest to the logits: without a gradient there, there is none anywhere

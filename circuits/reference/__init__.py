@@ -1,0 +1,58 @@
+"""Reference models: networks whose mechanism is known by construction, to check mechanism tests on.
+
+Each is a ``circuits.model.Transformer`` with the interface of a trained one::
+
+    model, task, truth = circuits.reference.build("fourier-pizza", seed=0, p=53)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from circuits.errors import UnknownName
+from circuits.reference.fourier_pizza import fourier_pizza
+from circuits.reference.pair_memoriser import pair_memoriser
+from circuits.reference.random_init import random_init
+from circuits.reference.range_lookup import range_lookup
+from circuits.reference.wiring import Reference
+
+REFERENCES: dict[str, Callable[..., Reference]] = {
+    "fourier-pizza": fourier_pizza,
+    "pair-memoriser": pair_memoriser,
+    "random-init": random_init,
+    "range-lookup": range_lookup,
+}
+"""Every reference model by its name."""
+
+__all__ = [
+    "REFERENCES",
+    "Reference",
+    "build",
+    "fourier_pizza",
+    "pair_memoriser",
+    "random_init",
+    "range_lookup",
+]
+
+
+def build(name: str, *, seed: int = 0, **sizes: object) -> Reference:
+    """Return a reference model with its task and what is true of it: ``model, task, truth``.
+
+    Args:
+        name: a key of ``REFERENCES``; underscores are accepted for hyphens.
+        seed: seed of the construction's random choices; the same seed gives the same weights.
+        sizes: keyword arguments of the construction, such as ``p`` or ``n``.
+
+    Raises:
+        UnknownName: no reference model has that name, or it has no such size.
+        BadInput: a size has a value that cannot be used.
+    """
+    key = name.replace("_", "-")
+    if key not in REFERENCES:
+        raise UnknownName("reference model", name, REFERENCES)
+    known = [parameter for parameter in inspect.signature(REFERENCES[key]).parameters if parameter != "seed"]
+    for size in sizes:
+        if size not in known:
+            raise UnknownName(f"size of {key}", size, known)
+    return REFERENCES[key](seed=seed, **sizes)

@@ -2,139 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import networkx as nx
 import pytest
 import torch
-import torch.nn.functional as F
+from discovery_models import Naive, at_answers, build, close, hugging_face, planted, some_pairs, variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from circuits import discovery
-from circuits.discovery import Circuit, Graph, eap, eap_ig_inputs, logit_difference
+from circuits.discovery import Graph, eap, eap_ig_inputs
 from circuits.discovery.ablate import ablated_logits, replacement
 from circuits.discovery.activations import head_outputs
 from circuits.discovery.sites import sites_of
-from circuits.errors import BadInput, UnknownName, UnsupportedModel
-from circuits.model import ModelConfig, Transformer
+from circuits.errors import BadInput, UnknownName
 from circuits.tasks.base import Pairs
-
-SMALL: dict[str, Any] = {"d_vocab": 11, "n_ctx": 5, "n_layers": 2, "d_model": 8, "n_heads": 2, "act_fn": "gelu"}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "none": {"attn_bias": True},
-    "layer-norm": {"normalization": "LN", "attn_bias": True, "unembed_bias": True},
-    "rms-gated-no-positions": {"normalization": "RMS", "gated": True, "act_fn": "silu", "positional": False},
-    "attention-only": {"normalization": "LN", "attn_only": True, "attn_bias": True},
-    "bidirectional-half-uniform": {"causal": False, "softmax_share": 0.5, "normalization": "LN"},
-    "uniform": {"softmax_share": 0.0},
-}
-variants = pytest.mark.parametrize("variant", VARIANTS)
-
-
-def jitter(model: Any, scale: float = 0.3) -> Any:
-    """Random biases and norms too, so that none of them can be forgotten unnoticed."""
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += scale * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
-
-
-def build(variant: str = "layer-norm", **changes: Any) -> Transformer:
-    return jitter(Transformer(ModelConfig(**{**SMALL, **VARIANTS[variant], **changes}), seed=3))
-
-
-def some_pairs(n: int = 4, pos: int = 4, d_vocab: int = 11) -> Pairs:
-    g = torch.Generator().manual_seed(1)
-    clean = torch.randint(0, d_vocab, (n, pos), generator=g)
-    corrupt = clean.clone()
-    corrupt[:, 1] = (clean[:, 1] + 1 + torch.randint(0, d_vocab - 1, (n,), generator=g)) % d_vocab
-    position = torch.tensor([pos - 1, pos - 2] * n)[:n]
-    correct = torch.randint(0, d_vocab, (n,), generator=g)
-    return Pairs(clean, corrupt, position, correct, (correct + 3) % d_vocab, "second token")
-
-
-def at_answers(logits: Tensor, pairs: Pairs) -> Tensor:
-    return logit_difference(logits[torch.arange(len(pairs)), pairs.position], pairs)
-
-
-class Naive:
-    """The definition: every reader's input is a sum over sources, each scaled between its own output and another."""
-
-    def __init__(self, model: Transformer) -> None:
-        self.model, self.c, self.graph = model, model.config, Graph.from_model(model)
-
-    def norm(self, x: Tensor, ln: Any) -> Tensor:
-        if self.c.normalization == "LN":
-            return F.layer_norm(x, x.shape[-1:], ln.w, ln.b, 1e-5)
-        return x if self.c.normalization is None else F.rms_norm(x, x.shape[-1:], ln.w, 1e-5)
-
-    def pattern(self, q: Tensor, k: Tensor) -> Tensor:
-        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        seen = torch.ones_like(scores[0]).tril() if self.c.causal else torch.ones_like(scores[0])
-        softmax = scores.masked_fill(seen == 0, -math.inf).softmax(-1)
-        return self.c.softmax_share * softmax + (1 - self.c.softmax_share) * seen / seen.sum(-1, keepdim=True)
-
-    def run(
-        self, tokens: Tensor, mask: Tensor, other: list[Tensor] | None = None, embed: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Logits and source outputs, where ``mask`` has one number per edge."""
-        m, matrix = self.model, self.graph.dense(mask)
-        written = [m.W_E[tokens] if embed is None else embed]
-        written += [m.W_pos[: tokens.shape[1]].expand_as(written[0])] if self.c.positional else []
-        constant = torch.zeros(self.c.d_model)
-
-        def read(reader: str) -> Tensor:
-            weights = matrix[self.graph.readers.index(reader)]
-            own = sum((weights[i] * w for i, w in enumerate(written)), constant)
-            if other is None:
-                return own
-            return own + sum((1 - weights[i]) * other[i] for i in range(len(written)))
-
-        for layer, block in enumerate(m.blocks):
-            attn, heads = block.attn, []
-            for h in range(self.c.n_heads):
-                x = {kind: self.norm(read(f"a{layer}.h{h}.{kind.lower()}"), block.ln1) for kind in "QKV"}
-                q, k, v = (
-                    x[n] @ getattr(attn, f"W_{n}")[h] + (getattr(attn, f"b_{n}")[h] if self.c.attn_bias else 0)
-                    for n in "QKV"
-                )
-                heads.append(self.pattern(q, k) @ v @ attn.W_O[h])
-            written += heads
-            constant = constant + attn.b_O if self.c.attn_bias else constant
-            if not self.c.attn_only:
-                written.append(block.mlp(self.norm(read(f"m{layer}"), block.ln2)))
-        return m.unembed(self.norm(read("logits"), m.ln_final)), written
-
-    def gradient(self, pairs: Pairs, point: float = 1.0) -> Tensor:
-        """Minus the derivative of each pair's metric with respect to each edge's scale: its first-order effect."""
-        ones = torch.ones(self.graph.n_edges)
-        _, other = self.run(pairs.corrupt, ones)
-        _, clean = self.run(pairs.clean, ones)
-        start = self.model.W_E[pairs.corrupt]
-        embed = start + point * (self.model.W_E[pairs.clean] - start)
-        rows = []
-        for i in range(len(pairs)):
-            one = slice(i, i + 1)
-            mask = ones.clone().requires_grad_()
-            # at the interpolated point, scaling the edge moves its reader along corrupt - clean of the two ends
-            _, here = self.run(pairs.clean[one], ones, embed=embed[one])
-            there = [h + o[one] - c[one] for h, o, c in zip(here, other, clean, strict=True)]
-            logits, _ = self.run(pairs.clean[one], mask, [t.detach() for t in there], embed=embed[one])
-            value = logits[0, pairs.position[i]] @ (
-                F.one_hot(pairs.correct[i], logits.shape[-1]) - F.one_hot(pairs.wrong[i], logits.shape[-1])
-            ).to(logits)
-            rows.append(-torch.autograd.grad(value, mask)[0])
-        return torch.stack(rows)
-
-
-def close(got: Tensor, expected: Tensor, relative: float) -> bool:
-    return float((got - expected).abs().max()) <= relative * float(expected.abs().max())
 
 
 @variants
@@ -227,28 +112,6 @@ def test_in_a_linear_network_edges_into_the_logits_add_up_to_the_total_effect() 
     assert close(eap_ig_inputs(model, pairs, steps=4).scores, circuit.scores, 1e-4)
 
 
-def planted() -> Transformer:
-    """Two layers, of whose heads only a0.h1 and then a1.h0 pass anything to the logits.
-
-    The first copies the token from d_model 0-3 to 4-7, the second that to 8-11, which the logits read; the others
-    write at random into 12-15, which nothing reads.
-    """
-    model = Transformer(ModelConfig(d_vocab=4, n_ctx=3, n_layers=2, d_model=16, n_heads=2, d_head=4, attn_only=True))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        model.embed.W_E[:, :4] = torch.eye(4)
-        for layer, head, start in ((0, 1, 0), (1, 0, 4)):
-            model.blocks[layer].attn.W_V[head, start : start + 4] = torch.eye(4)
-            model.blocks[layer].attn.W_O[head, :, start + 4 : start + 8] = torch.eye(4)
-            other = model.blocks[layer].attn
-            other.W_V[1 - head, :4] = torch.randn(4, 4, generator=generator)
-            other.W_O[1 - head, :, 12:] = torch.randn(4, 4, generator=generator)
-        model.unembed.W_U[8:12] = torch.eye(4)
-    return model.eval()
-
-
 @pytest.mark.parametrize("method", discovery.METHODS)
 def test_every_method_recovers_a_planted_circuit(method: str) -> None:
     truth = {("embed", "a0.h1.v"), ("a0.h1", "a1.h0.v"), ("a1.h0", "logits")}
@@ -270,25 +133,6 @@ def test_every_method_recovers_a_planted_circuit(method: str) -> None:
     assert row["n_connected"] == 3
     assert result.cmd == pytest.approx(2.5 / circuit.graph.n_edges, abs=1e-5)
     assert result.cmd < result.cmd_random_interval[0]
-
-
-def hugging_face(architecture: str) -> Any:
-    """A tiny randomly initialised model of ``transformers`` behind a bridge: no download, no tokenizer."""
-    import transformers
-    from transformer_lens.model_bridge.sources import build_bridge_from_module
-
-    shared = {"vocab_size": 11, "bos_token_id": 0, "eos_token_id": 0}
-    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "intermediate_size": 16, "max_position_embeddings": 8}
-    config = {
-        "GPT2": lambda: transformers.GPT2Config(**shared, n_positions=8, n_embd=8, n_layer=2, n_head=2),
-        "GPTNeoX": lambda: transformers.GPTNeoXConfig(**shared, **sizes, num_attention_heads=2),
-        "Llama": lambda: transformers.LlamaConfig(**shared, **sizes, num_attention_heads=4, num_key_value_heads=2),
-    }[architecture]()
-    name = {"GPT2": "GPT2LMHeadModel"}.get(architecture, f"{architecture}ForCausalLM")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = getattr(transformers, name)(config)
-    return build_bridge_from_module(jitter(model), architecture=name, hf_config=config)
 
 
 @pytest.mark.parametrize("architecture", ["GPT2", "GPTNeoX"])
@@ -430,126 +274,3 @@ def test_connected_edges_are_those_on_a_path_from_embeddings_to_logits(
         finish = nx.ancestors(whole, "in logits") | {"in logits"} if "in logits" in whole else set()
         expected = [(s, r) for s, r in edges if s in starts and f"in {r}" in finish]
         assert [e for e, k in zip(graph.edges, connected.tolist(), strict=True) if k] == expected
-
-
-def state_of(model: Transformer) -> tuple[Any, ...]:
-    hooks = [(name, len(p.fwd_hooks), len(p.bwd_hooks), len(p._forward_hooks)) for name, p in model.hook_dict.items()]
-    grads = [p.grad is None and p.requires_grad for p in model.parameters()]
-    return hooks, grads, model.training, dict(vars(model.cfg)), {k: v.clone() for k, v in model.state_dict().items()}
-
-
-def same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return a[:4] == b[:4] and all(torch.equal(a[4][k], b[4][k]) for k in a[4])
-
-
-def broken(logits: Tensor, pairs: Pairs) -> Tensor:
-    raise RuntimeError("this metric breaks")
-
-
-ANALYSES: dict[str, Callable[..., Any]] = {
-    "eap": eap,
-    "eap-ig-inputs": eap_ig_inputs,
-    "nodes": discovery.node_attribution,
-    "ablated": lambda model, pairs, **o: discovery.ablated_metric(
-        model, pairs, torch.zeros(2, Graph.from_model(model).n_edges, dtype=torch.bool), **o
-    ),
-}
-
-
-@pytest.mark.parametrize("analysis", ANALYSES)
-def test_no_analysis_changes_the_model_or_the_callers_hooks_even_when_it_fails(analysis: str) -> None:
-    model, pairs, seen = build(), some_pairs(), []
-    with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda x, hook: seen.append(1))]):
-        before = state_of(model)
-        ANALYSES[analysis](model, pairs)
-        assert same(before, state_of(model)) and seen
-        with pytest.raises(RuntimeError, match="this metric breaks"):
-            ANALYSES[analysis](model, pairs, metric=broken)
-        assert same(before, state_of(model))
-
-
-def test_frozen_parameters_and_inference_mode_make_no_difference() -> None:
-    model, pairs = build(), some_pairs()
-    expected = eap(model, pairs).scores
-    with torch.inference_mode():
-        assert torch.equal(eap(model, pairs).scores, expected)
-    model.requires_grad_(False)
-    assert torch.equal(eap(model, pairs).scores, expected)
-
-
-def test_half_precision_scores_are_near_the_full_ones() -> None:
-    model, pairs = build(), some_pairs()
-    expected = eap(model, pairs).scores
-    assert close(eap(model.to(torch.bfloat16), pairs).scores, expected, 0.15)
-
-
-METRICS: Mapping[str, tuple[Callable[..., Any], str]] = {
-    "constant": (lambda logits, pairs: torch.ones(len(pairs)), "does not depend on the logits"),
-    "detached": (lambda logits, pairs: logits.detach()[:, 0], "does not depend on the logits"),
-    "flat": (lambda logits, pairs: 0 * logits[:, 0], "zero at the clean inputs: all scores would be zero"),
-    "scalar": (lambda logits, pairs: logits.mean(), "expected one number for each of 4 pairs"),
-    "infinite": (lambda logits, pairs: (logits[:, 0] * 0).sqrt(), "not finite although its source is"),
-}
-
-
-@pytest.mark.parametrize("name", METRICS)
-@pytest.mark.untyped
-def test_a_metric_that_gives_no_scores_is_refused(name: str) -> None:
-    metric, message = METRICS[name]
-    with pytest.raises(BadInput, match=message):
-        eap(build(), some_pairs(), metric=metric)
-
-
-@pytest.mark.untyped
-def test_pairs_that_do_not_line_up_are_refused() -> None:
-    model, pairs = build(), some_pairs()
-    for changes, message in (
-        ({"corrupt": pairs.corrupt[:, :3]}, "expected equal lengths"),
-        ({"corrupt": pairs.clean}, "expected pairs that differ"),
-        ({"position": pairs.position + 9}, "expected 0 to 3"),
-        ({"wrong": pairs.wrong[:2]}, "pairs.wrong"),
-        ({n: getattr(pairs, n)[:0] for n in ("clean", "corrupt", "position", "correct", "wrong")}, "no pairs"),
-    ):
-        with pytest.raises(BadInput, match=message):
-            eap(model, replace(pairs, **changes))
-
-
-def test_other_bad_arguments_are_refused() -> None:
-    model, pairs = build(), some_pairs()
-    with pytest.raises(UnknownName, match="did you mean 'eap'"):
-        discovery.attribute(model, pairs, method="eapp")
-    with pytest.raises(UnknownName, match="unknown ablation 'zero'"):
-        discovery.ablated_metric(model, pairs, torch.ones(1, 53, dtype=torch.bool), ablation="zero")
-    with pytest.raises(BadInput, match="a column per edge"):
-        discovery.ablated_metric(model, pairs, torch.ones(1, 3, dtype=torch.bool))
-    with pytest.raises(BadInput, match="steps = 0"):
-        eap_ig_inputs(model, pairs, steps=0)
-    with pytest.raises(BadInput, match="batch_size = 0"):
-        eap(model, pairs, batch_size=0)
-
-
-def test_a_weight_that_is_not_finite_is_named_by_its_source() -> None:
-    model = build()
-    with torch.no_grad():
-        model.blocks[1].attn.W_O[1, 0, 0] = math.nan
-    with pytest.raises(BadInput, match=r"source a1\.h1 is not finite"):
-        eap(model, some_pairs())
-
-
-def test_what_edges_cannot_represent_is_refused_by_name() -> None:
-    model, pairs = build(), some_pairs()
-    with (
-        model.hooks(fwd_hooks=[("blocks.0.hook_attn_out", lambda x, hook: x / x.norm(dim=-1, keepdim=True))]),
-        pytest.raises(UnsupportedModel, match=r"blocks\.1\.hook_resid_pre is not the sum of the sources"),
-    ):
-        eap(model, pairs)
-    with (
-        model.hooks(fwd_hooks=[("blocks.1.attn.hook_k", lambda x, hook: 2 * x)]),
-        pytest.raises(UnsupportedModel, match=r"blocks\.1\.attn\.hook_k is not the projection"),
-    ):
-        eap(model, pairs)
-    dropping = torch.nn.Dropout(0.5)
-    model.add_module("extra", dropping)
-    with pytest.raises(BadInput, match="dropout is active in extra"):
-        eap(model.train(), pairs)
-    assert isinstance(eap(model.eval(), pairs), Circuit)

@@ -1,0 +1,142 @@
+"""What discovery refuses, and that it leaves models, flags and hooks as they were."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from discovery_models import build, close, some_pairs
+from torch import Tensor
+
+from circuits import discovery
+from circuits.discovery import Circuit, Graph, eap, eap_ig_inputs
+from circuits.errors import BadInput, UnknownName, UnsupportedModel
+from circuits.model import Transformer
+from circuits.tasks.base import Pairs
+
+
+def state_of(model: Transformer) -> tuple[Any, ...]:
+    hooks = [(name, len(p.fwd_hooks), len(p.bwd_hooks), len(p._forward_hooks)) for name, p in model.hook_dict.items()]
+    grads = [p.grad is None and p.requires_grad for p in model.parameters()]
+    return hooks, grads, model.training, dict(vars(model.cfg)), {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return a[:4] == b[:4] and all(torch.equal(a[4][k], b[4][k]) for k in a[4])
+
+
+def broken(logits: Tensor, pairs: Pairs) -> Tensor:
+    raise RuntimeError("this metric breaks")
+
+
+ANALYSES: dict[str, Callable[..., Any]] = {
+    "eap": eap,
+    "eap-ig-inputs": eap_ig_inputs,
+    "nodes": discovery.node_attribution,
+    "ablated": lambda model, pairs, **o: discovery.ablated_metric(
+        model, pairs, torch.zeros(2, Graph.from_model(model).n_edges, dtype=torch.bool), **o
+    ),
+}
+
+
+@pytest.mark.parametrize("analysis", ANALYSES)
+def test_no_analysis_changes_the_model_or_the_callers_hooks_even_when_it_fails(analysis: str) -> None:
+    model, pairs, seen = build(), some_pairs(), []
+    with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda x, hook: seen.append(1))]):
+        before = state_of(model)
+        ANALYSES[analysis](model, pairs)
+        assert same(before, state_of(model)) and seen
+        with pytest.raises(RuntimeError, match="this metric breaks"):
+            ANALYSES[analysis](model, pairs, metric=broken)
+        assert same(before, state_of(model))
+
+
+def test_frozen_parameters_and_inference_mode_make_no_difference() -> None:
+    model, pairs = build(), some_pairs()
+    expected = eap(model, pairs).scores
+    with torch.inference_mode():
+        assert torch.equal(eap(model, pairs).scores, expected)
+    model.requires_grad_(False)
+    assert torch.equal(eap(model, pairs).scores, expected)
+
+
+def test_half_precision_scores_are_near_the_full_ones() -> None:
+    model, pairs = build(), some_pairs()
+    expected = eap(model, pairs).scores
+    assert close(eap(model.to(torch.bfloat16), pairs).scores, expected, 0.15)
+
+
+METRICS: Mapping[str, tuple[Callable[..., Any], str]] = {
+    "constant": (lambda logits, pairs: torch.ones(len(pairs)), "does not depend on the logits"),
+    "detached": (lambda logits, pairs: logits.detach()[:, 0], "does not depend on the logits"),
+    "flat": (lambda logits, pairs: 0 * logits[:, 0], "zero at the clean inputs: all scores would be zero"),
+    "scalar": (lambda logits, pairs: logits.mean(), "expected one number for each of 4 pairs"),
+    "infinite": (lambda logits, pairs: (logits[:, 0] * 0).sqrt(), "not finite although its source is"),
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.untyped
+def test_a_metric_that_gives_no_scores_is_refused(name: str) -> None:
+    metric, message = METRICS[name]
+    with pytest.raises(BadInput, match=message):
+        eap(build(), some_pairs(), metric=metric)
+
+
+@pytest.mark.untyped
+def test_pairs_that_do_not_line_up_are_refused() -> None:
+    model, pairs = build(), some_pairs()
+    for changes, message in (
+        ({"corrupt": pairs.corrupt[:, :3]}, "expected equal lengths"),
+        ({"corrupt": pairs.clean}, "expected pairs that differ"),
+        ({"position": pairs.position + 9}, "expected 0 to 3"),
+        ({"wrong": pairs.wrong[:2]}, "pairs.wrong"),
+        ({n: getattr(pairs, n)[:0] for n in ("clean", "corrupt", "position", "correct", "wrong")}, "no pairs"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            eap(model, replace(pairs, **changes))
+
+
+def test_other_bad_arguments_are_refused() -> None:
+    model, pairs = build(), some_pairs()
+    with pytest.raises(UnknownName, match="did you mean 'eap'"):
+        discovery.attribute(model, pairs, method="eapp")
+    with pytest.raises(UnknownName, match="unknown ablation 'zero'"):
+        discovery.ablated_metric(model, pairs, torch.ones(1, 53, dtype=torch.bool), ablation="zero")
+    with pytest.raises(BadInput, match="a column per edge"):
+        discovery.ablated_metric(model, pairs, torch.ones(1, 3, dtype=torch.bool))
+    with pytest.raises(BadInput, match="steps = 0"):
+        eap_ig_inputs(model, pairs, steps=0)
+    with pytest.raises(BadInput, match="batch_size = 0"):
+        eap(model, pairs, batch_size=0)
+
+
+def test_a_weight_that_is_not_finite_is_named_by_its_source() -> None:
+    model = build()
+    with torch.no_grad():
+        model.blocks[1].attn.W_O[1, 0, 0] = math.nan
+    with pytest.raises(BadInput, match=r"source a1\.h1 is not finite"):
+        eap(model, some_pairs())
+
+
+def test_what_edges_cannot_represent_is_refused_by_name() -> None:
+    model, pairs = build(), some_pairs()
+    with (
+        model.hooks(fwd_hooks=[("blocks.0.hook_attn_out", lambda x, hook: x / x.norm(dim=-1, keepdim=True))]),
+        pytest.raises(UnsupportedModel, match=r"blocks\.1\.hook_resid_pre is not the sum of the sources"),
+    ):
+        eap(model, pairs)
+    with (
+        model.hooks(fwd_hooks=[("blocks.1.attn.hook_k", lambda x, hook: 2 * x)]),
+        pytest.raises(UnsupportedModel, match=r"blocks\.1\.attn\.hook_k is not the projection"),
+    ):
+        eap(model, pairs)
+    dropping = torch.nn.Dropout(0.5)
+    model.add_module("extra", dropping)
+    with pytest.raises(BadInput, match="dropout is active in extra"):
+        eap(model.train(), pairs)
+    assert isinstance(eap(model.eval(), pairs), Circuit)

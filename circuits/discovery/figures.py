@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 SUPPORTS, OPPOSES, NEUTRAL = "#1f77b4", "#d1495b", "#7a7f87"
 RANKINGS = {"signed": ("ranked by signed score (CPR)", SUPPORTS), "absolute": ("ranked by size (CMD)", "#e08e1b")}
 DASH = {"q": "dot", "k": "dash", "v": "solid"}
+PORT = {"q": -0.07, "k": 0.0, "v": 0.07}
+"""Queries enter a head at its left, keys in the middle, values at its right, so that their lines do not coincide."""
 Point = tuple[float, float]
 
 
@@ -99,6 +101,7 @@ def _edge(
     places: Mapping[str, Point], source: str, target: str, reader: str, score: float, largest: float, text: str
 ) -> go.Scatter:
     (x0, y0), (x1, y1) = places[source], places[target]
+    x1 += PORT.get(reader.rpartition(".")[2], 0.0)
     # Edges that skip rows bend outwards, away from the components between their ends.
     bend = 0.18 * (y1 - y0 - 1) * (1 if x0 + x1 >= 0 else -1)
     middle = ((x0 + x1) / 2 + bend, (y0 + y1) / 2)
@@ -142,10 +145,12 @@ def _nodes(places: Mapping[str, Point], used: set[str]) -> go.Scatter:
         x=[places[name][0] for name in names],
         y=[places[name][1] for name in names],
         mode="markers+text",
-        text=names,
-        textposition="middle right",
-        marker={"size": 13, "color": "white", "line": {"width": 2, "color": NEUTRAL}},
-        hovertemplate="%{text}<extra></extra>",
+        text=[name.replace("pos_embed", "pos") for name in names],
+        customdata=names,
+        textposition="middle center",
+        textfont={"size": 10, "color": "#20242a"},
+        marker={"size": 34, "color": "white", "opacity": 1, "line": {"width": 1.5, "color": NEUTRAL}},
+        hovertemplate="%{customdata}<extra></extra>",
         showlegend=False,
     )
 

@@ -15,7 +15,7 @@ from circuits._stats import wilson_interval
 from circuits.errors import BadInput
 from circuits.mechanisms.accuracy import greedy_right
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.readings import device_of, hooked
+from circuits.mechanisms.readings import activations, device_of, hooked
 from circuits.tasks.base import Pairs, Task
 
 PAIRS = 400
@@ -40,10 +40,8 @@ class Found:
 
 
 def _outputs_from(model: Any, tokens: Int[Tensor, "batch pos"]) -> dict[str, Tensor]:
-    names = {f"blocks.{i}.attn.hook_z" for i in range(model.cfg.n_layers)} | {"hook_embed"}
-    with torch.no_grad():
-        _, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names)
-    return {name: cache[name] for name in names}
+    names = [f"blocks.{i}.attn.hook_z" for i in range(model.cfg.n_layers)]
+    return activations(model, tokens, [*names, "hook_embed"])
 
 
 def swapped_digits(
@@ -62,21 +60,21 @@ def swapped_digits(
     rows = torch.arange(len(pairs), device=pairs.clean.device)
     hooks: list[tuple[str, Callable[..., Tensor]]] = []
     for layer in sorted({layer for layer, _ in heads}):
+        name = f"blocks.{layer}.attn.hook_z"
         mine = torch.tensor([h for at, h in heads if at == layer], device=rows.device)
+        where = (rows[:, None], pairs.position[:, None], mine)
 
-        def put(z: Tensor, hook: Any, mine: Tensor = mine) -> Tensor:
+        def put(z: Tensor, hook: Any, where: tuple[Tensor, ...] = where, value: Tensor = source[name]) -> Tensor:
             z = z.clone()
-            z[rows[:, None], pairs.position[:, None], mine] = source[hook.name][
-                rows[:, None], pairs.position[:, None], mine
-            ]
+            z[where] = value[where]
             return z
 
-        hooks.append((f"blocks.{layer}.attn.hook_z", put))
+        hooks.append((name, put))
     if with_previous:
 
         def embed(activation: Tensor, hook: Any) -> Tensor:
             activation = activation.clone()
-            activation[rows, pairs.position] = source[hook.name][rows, pairs.position]
+            activation[rows, pairs.position] = source["hook_embed"][rows, pairs.position]
             return activation
 
         hooks.append(("hook_embed", embed))

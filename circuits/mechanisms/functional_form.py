@@ -34,7 +34,8 @@ def wave_fit(
 ) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
     """Held-out R2 of the best single frequency for each neuron, and that frequency.
 
-    Frequencies from ``lowest`` up are tried. The basis is {1, cos wa, sin wa} x {1, cos wb, sin wb}: 8 coefficients besides the constant.
+    Frequencies from ``lowest`` up are tried; the basis is
+    {1, cos wa, sin wa} x {1, cos wb, sin wb}: 8 coefficients besides the constant.
 
     Source: Nanda et al. 2023 (arXiv 2301.05217), section 4.2 (share of a neuron's variance in one frequency).
     """

@@ -13,7 +13,7 @@ from torch import Tensor
 from circuits._stats import wilson_interval
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.functional_form import wave_frequencies
-from circuits.mechanisms.readings import Readings, angle, answer_logits, device_of, group_index, read
+from circuits.mechanisms.readings import Readings, activations, angle, answer_logits, device_of, group_index, read
 from circuits.tasks.base import Task, Variable
 
 PAIRS = 2000
@@ -95,8 +95,7 @@ def operand_embedding(model: Any, task: Task) -> Float[Tensor, "n d"]:
     n = task.n_operand_values
     values = torch.arange(n)
     tokens = task.encode(torch.stack([values, values], dim=1)).inputs.to(device_of(model))
-    _, cache = model.run_with_cache(tokens, names_filter=lambda name: name == "hook_embed")
-    return cache["hook_embed"][:, 0].detach()
+    return activations(model, tokens, ["hook_embed"])["hook_embed"][:, 0]
 
 
 def draw_swaps(model: Any, task: Task, *, n: int, seed: int) -> Swap:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -136,14 +136,16 @@ def _forward_backward(
     """Answer logits, post-activations and the gradient of the right answer's centred logit, at the last position."""
     kept: dict[str, Tensor] = {}
 
-    def keep(activation: Tensor, hook: Any) -> Tensor:
-        if not activation.requires_grad:
-            activation = activation.detach().requires_grad_()
-        kept[hook.name] = activation
-        return activation
+    def keeper(name: str) -> Callable[..., Tensor]:
+        # a bridge calls its hooks by other names than it is asked for: the name is kept here
+        def keep(activation: Tensor, hook: Any) -> Tensor:
+            kept[name] = activation if activation.requires_grad else activation.detach().requires_grad_()
+            return kept[name]
+
+        return keep
 
     names = [f"blocks.{i}.mlp.hook_post" for i in layers]
-    with torch.enable_grad(), hooked(model, [(name, keep) for name in names]):
+    with torch.enable_grad(), hooked(model, [(name, keeper(name)) for name in names]):
         output = model(tokens)[:, -1]
         if int(answer_tokens.max()) >= output.shape[-1]:
             raise BadInput(
@@ -155,6 +157,21 @@ def _forward_backward(
         gradients = torch.autograd.grad(centred.sum(), [kept[n] for n in names])
     posts = torch.cat([kept[n][:, -1].detach() for n in names], dim=-1)
     return logits.detach(), posts, torch.cat([g[:, -1] for g in gradients], dim=-1)
+
+
+def activations(model: Any, tokens: Int[Tensor, "rows pos"], names: Iterable[str]) -> dict[str, Tensor]:
+    """What the named hook points hold on some inputs."""
+    kept: dict[str, Tensor] = {}
+
+    def keeper(name: str) -> Callable[..., None]:
+        def keep(activation: Tensor, hook: Any) -> None:
+            kept[name] = activation.detach()
+
+        return keep
+
+    with torch.no_grad(), hooked(model, [(name, keeper(name)) for name in names]):
+        model(tokens)
+    return kept
 
 
 def answer_logits(

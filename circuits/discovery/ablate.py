@@ -66,7 +66,7 @@ def ablated_logits(
         replaced: As from ``replacement``.
         keep: One number per edge and set.
 
-    Source: Miller, Chughtai and Saunders 2024, arXiv 2407.08734, and Conmy et al. 2023, arXiv 2304.14997, section 3
+    Source: Miller, Chughtai and Saunders 2024, arXiv 2407.08734, and Conmy et al. 2023, arXiv 2304.14997
         (edges as additive terms of a reader's input); the batch over sets of edges is our own.
 
     Raises:

@@ -31,7 +31,7 @@ def eap(
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         progress: Whether to show a bar.
 
-    Source: Syed, Rager and Conmy 2023, arXiv 2310.10348, section 2.
+    Source: Syed, Rager and Conmy 2023, arXiv 2310.10348 (edge attribution patching).
 
     Fails when: the metric saturates (a softmax near 0 or 1, an attention pattern that has already chosen), where
     the gradient at the clean input is small although the effect is large; ``eap_ig_inputs`` exists for that.

@@ -118,7 +118,8 @@ def faithfulness(
         seed: Of the random circuits and of the bootstrap over pairs.
         progress: Whether to show a bar.
 
-    Source: Mueller et al. 2025, MIB: A Mechanistic Interpretability Benchmark, arXiv 2504.13151, section 3.
+    Source: Mueller et al. 2025, MIB: A Mechanistic Interpretability Benchmark, arXiv 2504.13151 (circuit
+        localization track), and its released evaluation code.
 
     Fails when: corrupting everything hardly changes the metric, so that f divides by little (its interval shows it);
     and where clean and corrupt inputs agree, so that nothing that both share is ever ablated.

@@ -28,7 +28,7 @@ def draw_circuit(circuit: Circuit, *, top: int) -> go.Figure:
     Width is the score's size, colour its sign, and the line's style the input of a head that the edge goes to.
     """
     graph = circuit.graph
-    order = [i for i in circuit.ranking().tolist() if bool(circuit.kept[i])][:top]
+    order = [i for i in circuit.ranking().tolist() if bool(circuit.kept[i]) and float(circuit.scores[i]) != 0][:top]
     places = _places(graph.sources)
     largest = max((abs(float(circuit.scores[i])) for i in order), default=1.0) or 1.0
     interval = circuit.interval() if circuit.per_example is not None else None

@@ -153,7 +153,7 @@ class Graph:
 
         A head passes a signal on from any of its three readers.
 
-        Source: Hanna et al. 2024, arXiv 2403.17806, section 3 (pruning of nodes without parents or children).
+        Source: Hanna et al. 2024, arXiv 2403.17806 (pruning of nodes without parents or children).
         """
         matrix = self.dense(kept)
         source, reader = self.ends(kept.device)

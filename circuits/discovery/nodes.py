@@ -37,7 +37,7 @@ def node_attribution(
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         seed: Of the bootstrap.
 
-    Source: Syed, Rager and Conmy 2023, arXiv 2310.10348, section 2 (attribution patching of nodes, after Nanda);
+    Source: Syed, Rager and Conmy 2023, arXiv 2310.10348 (attribution patching of nodes, after Nanda);
         the path is that of Hanna et al. 2024, arXiv 2403.17806, section 3.
 
     Fails when: as ``eap_ig_inputs``; and where a source's effects along different edges cancel, its score is small

@@ -123,20 +123,24 @@ def test_a_weight_that_is_not_finite_is_named_by_its_source() -> None:
         eap(model, some_pairs())
 
 
-def test_what_edges_cannot_represent_is_refused_by_name() -> None:
+@pytest.mark.parametrize("analysis", ANALYSES)
+def test_what_edges_cannot_represent_is_refused_by_name(analysis: str) -> None:
     model, pairs = build(), some_pairs()
     with (
         model.hooks(fwd_hooks=[("blocks.0.hook_attn_out", lambda x, hook: x / x.norm(dim=-1, keepdim=True))]),
         pytest.raises(UnsupportedModel, match=r"blocks\.1\.hook_resid_pre is not the sum of the sources"),
     ):
-        eap(model, pairs)
+        ANALYSES[analysis](model, pairs)
     with (
         model.hooks(fwd_hooks=[("blocks.1.attn.hook_k", lambda x, hook: 2 * x)]),
         pytest.raises(UnsupportedModel, match=r"blocks\.1\.attn\.hook_k is not the projection"),
     ):
-        eap(model, pairs)
-    dropping = torch.nn.Dropout(0.5)
-    model.add_module("extra", dropping)
+        ANALYSES[analysis](model, pairs)
+
+
+def test_a_model_that_drops_activations_at_random_is_refused() -> None:
+    model, pairs = build(), some_pairs()
+    model.add_module("extra", torch.nn.Dropout(0.5))
     with pytest.raises(BadInput, match="dropout is active in extra"):
         eap(model.train(), pairs)
     assert isinstance(eap(model.eval(), pairs), Circuit)

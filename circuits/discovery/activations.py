@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.discovery.metrics import Metric, measure, name_of
-from circuits.discovery.sites import Layer, Sites
+from circuits.discovery.sites import Layer, Sites, check_exact
 from circuits.errors import BadInput
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
@@ -20,8 +20,21 @@ Store = dict[str, Tensor]
 
 def source_values(model: HookedModel, sites: Sites, tokens: Int[Tensor, "batch pos"]) -> Store:
     """Return the activations that determine every source's output, by hook name, without gradients."""
+    return _values_at(model, sites.source_hooks, tokens)
+
+
+def check_model(model: HookedModel, sites: Sites, tokens: Int[Tensor, "batch pos"]) -> None:
+    """Check on one input that the sources add up to the stream and that each reader reads it as assumed.
+
+    Raises:
+        UnsupportedModel: naming the first place where the model does something else.
+    """
+    check_exact(sites, _values_at(model, sites.all_hooks, tokens[:1]))
+
+
+def _values_at(model: HookedModel, names: Sequence[str], tokens: Int[Tensor, "batch pos"]) -> Store:
     store: Store = {}
-    with torch.no_grad(), model.hooks(fwd_hooks=[(name, _keep(store, name)) for name in sites.source_hooks]):
+    with torch.no_grad(), model.hooks(fwd_hooks=[(name, _keep(store, name)) for name in names]):
         model(tokens)
     return store
 
@@ -53,14 +66,13 @@ def gradients(
         BadInput: the metric does not depend on the logits.
     """
     store: Store = {}
-    wanted = [*sites.source_hooks, *(layer.resid for layer in sites.layers), *sites.reader_hooks]
 
     def start(tensor: Tensor, *, hook: Any) -> Tensor:
         # A leaf of its own, so that there is a graph even where all parameters are frozen.
         store[sites.embed] = (tensor if embed is None else embed).detach().requires_grad_()
         return store[sites.embed]
 
-    hooks = [(name, _branch(store, name)) for name in wanted if name != sites.embed]
+    hooks = [(name, _branch(store, name)) for name in sites.all_hooks if name != sites.embed]
     with torch.inference_mode(False), torch.enable_grad():
         with model.hooks(fwd_hooks=[(sites.embed, start), *hooks]):
             logits = model(tokens)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.discovery.ablate import ablated_logits, replacement
+from circuits.discovery.activations import check_model
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.curves import Curve, Faithfulness, summarise
 from circuits.discovery.graph import Graph
@@ -54,6 +55,7 @@ def ablated_metric(
     check_pairs(pairs)
     pairs = pairs.to(model.cfg.device)
     sites = sites_of(model)
+    check_model(model, sites, pairs.clean)
     rows, sets = _batch_sizes(sites, pairs, model.cfg.d_model)
     # The mean is over all pairs; a corrupt activation belongs to its own pair.
     replaced = {} if ablation == "corrupt" else replacement(model, sites, pairs, ablation, batch_size=rows)

@@ -108,6 +108,11 @@ class Sites:
             names += layer.qkv if layer.mlp_in is None else (*layer.qkv, layer.mlp_in)
         return [*names, self.final]
 
+    @property
+    def all_hooks(self) -> list[str]:
+        """Every hook that an analysis looks at: sources, readers, and the stream in front of each attention."""
+        return [*self.source_hooks, *(layer.resid for layer in self.layers), *self.reader_hooks]
+
 
 def sites_of(model: HookedModel) -> Sites:
     """Return where each source and reader of a model is; nothing is run and nothing is changed.

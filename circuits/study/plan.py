@@ -10,6 +10,7 @@ from pathlib import Path
 from circuits.errors import BadInput
 from circuits.model import ModelConfig
 from circuits.objectives.recipe import Recipe
+from circuits.runs import run_id
 from circuits.study.grid import Spec
 from circuits.tasks.base import Task
 

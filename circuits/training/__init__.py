@@ -1,0 +1,10 @@
+"""Training: a generator of steps, and a function that drains it into a run directory."""
+
+from __future__ import annotations
+
+from circuits.training.defaults import default_model, default_recipe
+from circuits.training.evaluate import accuracies, accuracy
+from circuits.training.loop import Step, steps
+from circuits.training.train import train
+
+__all__ = ["Step", "accuracies", "accuracy", "default_model", "default_recipe", "steps", "train"]

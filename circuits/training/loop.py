@@ -1,0 +1,154 @@
+"""The training loop: one generator of steps that reads top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuits.errors import Diverged
+from circuits.model import Transformer
+from circuits.objectives import Recipe, Stage
+from circuits.tasks.base import Batch, Task
+from circuits.training.evaluate import accuracies
+
+DATA_STREAM, DRAW_STREAM = 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One update: its number (from 1, over all stages), its loss in nats, and the evaluation if there was one."""
+
+    step: int
+    stage: int
+    loss: float
+    metrics: Mapping[str, float]
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether accuracies were measured after this step."""
+        return "accuracy_random" in self.metrics
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a training stands: updates done in all, in this stage, the stage, and evaluations at the goal in a row."""
+
+    step: int = 0
+    stage: int = 0
+    in_stage: int = 0
+    streak: int = 0
+
+
+def generator_for(seed: int, stream: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return the generator of one step: streams of data and of draws are functions of (seed, step) alone.
+
+    Data order is therefore the same whatever the objective draws, and resuming needs no generator state.
+    """
+    return torch.Generator(device).manual_seed((seed * 4 + stream) * 0x9E3779B1 % 2**40 + step * 0x100000001B3 % 2**61)
+
+
+def learning_rate(stage: Stage, done: int) -> float:
+    """Return the learning rate of the update after ``done`` updates: linear warm-up, plateau, cooldown at 0.3."""
+    rate = stage.learning_rate * min(1.0, (done + 1) / max(stage.warmup, 1))
+    return rate * 0.3 if done >= (1 - stage.cooldown) * stage.steps else rate
+
+
+def make_optimizer(model: Transformer, stage: Stage) -> torch.optim.AdamW:
+    """Return AdamW with the stage's settings and fresh moments."""
+    return torch.optim.AdamW(
+        model.parameters(), lr=stage.learning_rate, betas=stage.betas, weight_decay=stage.weight_decay
+    )
+
+
+def steps(
+    model: Transformer,
+    task: Task,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    evaluate_every: int | None = None,
+    start: tuple[Position, Mapping[str, Any] | None] | None = None,
+) -> Iterator[Step]:
+    """Yield one ``Step`` per update; stop looping and the model stays as it is.
+
+    Args:
+        model: trained in place.
+        task: where batches come from.
+        recipe: stages, each with fresh optimiser moments.
+        seed: seed of data order and of what objectives draw.
+        evaluate_every: updates between evaluations; None: about forty over the recipe. The last of a stage always is.
+        start: position and optimiser state to go on from, as ``train`` keeps them.
+
+    Raises:
+        BadInput: an objective is undefined for the task.
+        Diverged: a loss is not finite; the model then holds the weights before that update.
+    """
+    recipe.check(task)
+    device = next(model.parameters()).device
+    every = evaluate_every or max(1, recipe.steps // 40)
+    position, moments = start or (Position(), None)
+    step = position.step
+    model.train()
+    for number in range(position.stage, len(recipe.stages)):
+        stage = recipe.stages[number]
+        optimizer = make_optimizer(model, stage)
+        resumed = number == position.stage
+        if resumed and moments is not None:
+            optimizer.load_state_dict(dict(moments))
+        streak = position.streak if resumed else 0
+        whole = task.examples("train").to(device) if stage.batch_size is None else None
+        for done in range(position.in_stage if resumed else 0, stage.steps):
+            batch = whole if whole is not None else _draw(task, stage, seed, step).to(device)
+            loss, logged = _update(
+                model, task, stage, optimizer, batch, done, generator_for(seed, DRAW_STREAM, step, device)
+            )
+            step += 1
+            last = done + 1 == stage.steps
+            metrics: dict[str, float] = {}
+            if step % every == 0 or last:
+                metrics = {k: float(v) for k, v in logged.items()} | accuracies(model.eval(), task)
+                model.train()
+                at_goal = stage.stop_accuracy is not None and metrics["accuracy_random"] >= stage.stop_accuracy
+                streak = streak + 1 if at_goal else 0
+            yield Step(step, number, loss, metrics, optimizer)
+            if streak >= 2:
+                break
+    model.eval()
+
+
+def _draw(task: Task, stage: Stage, seed: int, step: int) -> Batch:
+    assert stage.batch_size is not None
+    return task.sample("train", stage.batch_size, generator=generator_for(seed, DATA_STREAM, step))
+
+
+def _update(
+    model: Transformer,
+    task: Task,
+    stage: Stage,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    done: int,
+    generator: torch.Generator,
+) -> tuple[float, Mapping[str, Tensor | float]]:
+    """One update; returns the loss before it and what the objective logs.
+
+    Raises:
+        Diverged: the loss is not finite; nothing is updated then.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(stage, done)
+    loss = stage.objective.loss(model, task, batch, generator=generator)
+    value = float(loss.value.detach())
+    if value != value or value in (float("inf"), float("-inf")):
+        raise Diverged(f"the loss is {value}: lower the learning rate ({stage.learning_rate}) or clip the gradient")
+    optimizer.zero_grad(set_to_none=True)
+    loss.value.backward()
+    if stage.gradient_clip is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), stage.gradient_clip)
+    optimizer.step()
+    return value, loss.metrics

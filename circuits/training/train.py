@@ -1,0 +1,241 @@
+"""Drains the generator of steps into a run directory that survives a crash at any moment."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from circuits import objectives
+from circuits._io import atomic_write, make_directory, read_bytes, read_json, storage_errors, to_json
+from circuits.errors import BadInput, CorruptRun, Diverged, IncompatibleRun
+from circuits.model import ModelConfig, Transformer, save
+from circuits.objectives import Objective, Recipe
+from circuits.runs import Run, RunConfig, write_config, write_manifest
+from circuits.tasks.base import Task
+from circuits.training.defaults import default_model, default_recipe
+from circuits.training.loop import Position, Step, steps
+
+STATE = "state.safetensors"
+FIRST_REACHING = (0.5, 0.9, 0.99)
+"""A checkpoint is kept when the accuracy on unseen random pairs first reaches each of these."""
+
+
+def train(
+    task: Task,
+    recipe: str | Objective | Recipe,
+    *,
+    seed: int = 0,
+    out: Path | str,
+    model: ModelConfig | None = None,
+    checkpoints: Sequence[int] = (),
+    first_reaching: Sequence[float] = FIRST_REACHING,
+    evaluate_every: int | None = None,
+    save_every: float = 20.0,
+    resume: bool = False,
+    progress: bool = True,
+) -> Run:
+    """Return the finished run; one that ``out`` holds already, with the same config, is returned at once.
+
+    Args:
+        task: what to learn.
+        recipe: a recipe, an objective, or an objective's name (then with ``default_recipe``).
+        seed: seed of initial weights, data order and draws; the first two do not depend on the objective.
+        out: the run's directory.
+        model: the model's shape; None: ``default_model(task)``.
+        checkpoints: steps after which to keep the model, besides the last and those of ``first_reaching``.
+        first_reaching: accuracies on unseen random pairs at whose first evaluation to keep the model.
+        evaluate_every: updates between evaluations; None: about forty over the recipe.
+        save_every: seconds between the states that ``resume`` goes on from.
+        resume: go on from an unfinished run in ``out``, bit for bit as if it had not stopped.
+        progress: show a progress bar.
+
+    Raises:
+        BadInput: an objective is undefined for the task, or the model does not fit it.
+        IncompatibleRun: ``out`` holds a run of another configuration.
+        Diverged: a loss is not finite; step and last good checkpoint are named.
+        StorageError: ``out`` cannot be written.
+    """
+    if isinstance(recipe, str):
+        recipe = objectives.get(recipe)
+    if not isinstance(recipe, Recipe):
+        recipe = default_recipe(task, recipe)
+    recipe.check(task)
+    config = RunConfig(task, recipe, seed, model or default_model(task))
+    _check_fits(task, config.model)
+    folder = Path(out)
+    if (done := _already(folder, config)) is not None:
+        return done
+    network, position, moments = _begin(folder, config, resume=resume)
+    goals = {float(g) for g in first_reaching} - _goals_reached(folder)
+    stream = steps(network, task, recipe, seed=seed, evaluate_every=evaluate_every, start=(position, moments))
+    bar = _bar(recipe.steps, position.step, show=progress)
+    started = saved = time.monotonic()
+    tracker = _Tracker(recipe, position)
+    step = position.step
+    try:
+        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as log:
+            for update in stream:
+                step = update.step
+                tracker.follow(update)
+                bar.update(1)
+                if update.evaluated:
+                    with storage_errors(folder):
+                        log.write(
+                            json.dumps({"step": step, "stage": update.stage, "loss": update.loss, **update.metrics})
+                            + "\n"
+                        )
+                        log.flush()
+                    reached = {g for g in goals if update.metrics["accuracy_random"] >= g}
+                    goals -= reached
+                    bar.set_postfix(loss=f"{update.loss:.3g}", accuracy=f"{update.metrics['accuracy_random']:.3f}")
+                    if reached:
+                        save(network, _checkpoint(folder, step))
+                if step in checkpoints:
+                    save(network, _checkpoint(folder, step))
+                if time.monotonic() - saved > save_every:
+                    save_state(folder, network, update.optimizer, tracker.position)
+                    saved = time.monotonic()
+    except Diverged as error:
+        last = max((folder / "checkpoints").glob("step-*.safetensors"), default=None)
+        where = f"last good checkpoint: {last}" if last else "no checkpoint was kept yet"
+        write_manifest(folder, config, status="diverged", step=step + 1)
+        raise Diverged(f"training diverged at step {step + 1}: {error}; {where}") from error
+    finally:
+        bar.close()
+    save(network, _checkpoint(folder, step))
+    write_manifest(folder, config, status="done", steps=step, seconds=time.monotonic() - started)
+    (folder / STATE).unlink(missing_ok=True)
+    return Run.load(folder)
+
+
+class _Tracker:
+    """Keeps the position that a saved state goes on from."""
+
+    def __init__(self, recipe: Recipe, position: Position) -> None:
+        self.recipe, self.position = recipe, position
+
+    def follow(self, update: Step) -> None:
+        """Count one update."""
+        old = self.position
+        in_stage = old.in_stage + 1 if update.stage == old.stage else 1
+        streak = old.streak if update.stage == old.stage else 0
+        goal = self.recipe.stages[update.stage].stop_accuracy
+        if update.evaluated:
+            streak = streak + 1 if goal is not None and update.metrics["accuracy_random"] >= goal else 0
+        self.position = Position(update.step, update.stage, in_stage, streak)
+
+
+def _check_fits(task: Task, model: ModelConfig) -> None:
+    if model.d_vocab < len(task.vocabulary):
+        raise BadInput(f"d_vocab = {model.d_vocab}, but {task.name!r} has {len(task.vocabulary)} tokens: raise d_vocab")
+    if model.n_ctx < len(task.roles) - 1:
+        raise BadInput(f"n_ctx = {model.n_ctx}, but {task.name!r} needs {len(task.roles) - 1} positions: raise n_ctx")
+
+
+def _already(folder: Path, config: RunConfig) -> Run | None:
+    """The finished run of this config in a folder, None where there is none or it is unfinished."""
+    found = folder / "config.json"
+    if found.exists() and read_json(found) != to_json(config):
+        raise IncompatibleRun(f"{folder} holds a run of another configuration: choose another output directory")
+    if not (folder / "manifest.json").exists():
+        return None
+    run = Run.load(folder)
+    if run.manifest["status"] == "diverged":
+        raise Diverged(f"{folder} holds a run that diverged at step {run.manifest['step']}: change its recipe or seed")
+    return run
+
+
+def _begin(folder: Path, config: RunConfig, *, resume: bool) -> tuple[Transformer, Position, dict[str, Any] | None]:
+    """The model, position and optimiser state to start from; clears what an earlier attempt left behind it."""
+    make_directory(folder / "checkpoints")
+    write_config(folder, config)
+    if resume and (folder / STATE).exists():
+        network, position, moments = load_state(folder)
+    else:
+        network, position, moments = Transformer(config.model, seed=config.seed), Position(), None
+    for file in (folder / "checkpoints").glob("step-*.safetensors"):
+        if int(file.stem.removeprefix("step-")) > position.step:
+            file.unlink()
+    log = folder / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= position.step]
+    atomic_write(log, b"".join(kept))
+    if position.step == 0:
+        shutil.rmtree(folder / "analysis", ignore_errors=not (folder / "analysis").exists())
+    return network, position, moments
+
+
+def _goals_reached(folder: Path) -> set[float]:
+    """Every goal up to the best accuracy logged so far, so that a resumed run does not keep it twice."""
+    best = -1.0
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        best = max(best, json.loads(line)["accuracy_random"])
+    return {g for g in FIRST_REACHING if g <= best}
+
+
+def _checkpoint(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step-{step:06d}.safetensors"
+
+
+def save_state(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, position: Position) -> None:
+    """Write all that a run needs to go on bit for bit: weights, moments and position, as one file."""
+    state = optimizer.state_dict()
+    tensors = {f"model.{name}": value.detach().contiguous() for name, value in model.state_dict().items()}
+    plain: dict[str, dict[str, float]] = {}
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{key}"] = value.detach().contiguous()
+            else:
+                plain.setdefault(str(index), {})[key] = value
+    metadata = {
+        "position": json.dumps(asdict(position)),
+        "groups": json.dumps(state["param_groups"]),
+        "plain": json.dumps(plain),
+        "config": json.dumps(to_json(model.config)),
+    }
+    atomic_write(folder / STATE, safetensors.torch.save(tensors, metadata))
+
+
+def load_state(folder: Path) -> tuple[Transformer, Position, dict[str, Any]]:
+    """Return model, position and optimiser state from ``save_state``.
+
+    Raises:
+        CorruptRun: the file is damaged.
+    """
+    path = folder / STATE
+    try:
+        tensors = safetensors.torch.load(read_bytes(path))
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata()
+        config = ModelConfig(**json.loads(metadata["config"]))
+        position = Position(**json.loads(metadata["position"]))
+        groups, plain = json.loads(metadata["groups"]), json.loads(metadata["plain"])
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CorruptRun(f"{path} is damaged ({error}): delete it and train again") from error
+    model = Transformer(config)
+    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    state: dict[int, dict[str, Any]] = {int(i): dict(entries) for i, entries in plain.items()}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = value
+    for group in groups:
+        group["betas"] = tuple(group["betas"])
+    return model, position, {"state": state, "param_groups": groups}
+
+
+def _bar(total: int, done: int, *, show: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, initial=done, desc="train", unit="step", disable=not show)

@@ -9,35 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxtyping import Bool, Float
-from torch import Tensor
+from reference_checks import accuracy, answered, neuron_maps
 
 from circuits import reference
 from circuits.errors import BadInput, UnknownName
-from circuits.reference import REFERENCES, Reference, build
+from circuits.reference import REFERENCES, build
 from circuits.reference.wiring import table
-
-
-def answered(model: Any, task: Any, operands: Tensor | None = None) -> Bool[Tensor, " pairs"]:
-    """Which pairs are right, as an argmax over all tokens; the truth is computed here, not by the task."""
-    operands = table(task) if operands is None else operands
-    total = operands.sum(1)
-    truth = total % task.period if task.period else total
-    with torch.no_grad():
-        said = model(task.encode(operands).inputs)[:, -1].argmax(-1)
-    return said == truth
-
-
-def accuracy(built: Reference, operands: Tensor | None = None) -> float:
-    return float(answered(built.model, built.task, operands).float().mean())
-
-
-def neuron_maps(built: Reference, layer: int = 0) -> Float[Tensor, "neurons n n"]:
-    """Activation of each neuron at the last position over the operand square."""
-    n, name = built.task.n_operand_values, f"blocks.{layer}.mlp.hook_post"
-    with torch.no_grad():
-        _, cache = built.model.run_with_cache(built.task.encode(table(built.task)).inputs, names_filter=name)
-    return cache[name][:, -1].T.reshape(-1, n, n).double()
 
 
 @pytest.mark.parametrize("name", sorted(REFERENCES))
@@ -83,6 +60,10 @@ def test_unknown_names_and_sizes_are_refused() -> None:
         ("fourier-pizza", {"frequencies": 27}, "expected 1 to 26"),
         ("fourier-pizza", {"frequencies": 0}, "expected 1 to 26"),
         ("fourier-pizza", {"phases": 6}, "odd"),
+        ("fourier-clock", {"phases": 8}, "odd"),
+        ("number-line", {"thresholds": 0}, "thresholds"),
+        ("number-line", {"spread": 1.5}, "spread"),
+        ("columns", {"n": 101}, "expected 11 to 100"),
         ("pair-memoriser", {"p": 113, "train_fraction": 0.9}, "at most 8000"),
         ("pair-memoriser", {"width": 2}, "larger width"),
         ("range-lookup", {"grids": 0}, "grids"),
@@ -140,6 +121,46 @@ class TestFourierPizza:
         assert (marginal.amax(1) ** 2 / marginal.square().sum(1)).min() > 0.95
 
 
+class TestFourierClock:
+    @pytest.mark.parametrize(("p", "frequencies"), [(23, 3), (53, 6), (113, 6)])
+    @pytest.mark.parametrize("seed", [0, 1, 2])
+    def test_is_right_on_the_full_table(self, p: int, frequencies: int, seed: int) -> None:
+        assert accuracy(build("fourier-clock", seed=seed, p=p, frequencies=frequencies)) == 1.0
+
+    @settings(max_examples=15)
+    @given(p=st.sampled_from([11, 13, 17, 29, 37, 59]), seed=st.integers(0, 10**6), phases=st.sampled_from([5, 7, 9]))
+    def test_is_right_for_any_size_and_seed(self, p: int, seed: int, phases: int) -> None:
+        assert accuracy(build("fourier-clock", seed=seed, p=p, frequencies=min(5, (p - 1) // 2), phases=phases)) == 1.0
+
+    def test_logits_depend_on_the_sum_alone_unlike_the_pizzas(self) -> None:
+        spread = {}
+        for name in ("fourier-clock", "fourier-pizza"):
+            model, task, _ = build(name, seed=1, p=31, frequencies=4, phases=9)
+            a, b = table(task).T
+            with torch.no_grad():
+                logits = model(task.encode(table(task)).inputs)[:, -1, :31]
+            right = logits.gather(1, ((a + b) % 31)[:, None]).squeeze(1)
+            square = torch.empty(31, 31).index_put_(((a + b) % 31, (a - b) % 31), right)
+            # distance irrelevance of Zhong et al. 2023: how little the right logit varies with the sum alone fixed
+            spread[name] = float(square.std(1).mean() / square.mean())
+        assert spread["fourier-clock"] < 0.02
+        assert spread["fourier-pizza"] > 0.1
+
+    def test_neurons_have_one_frequency_each(self) -> None:
+        maps = neuron_maps(build("fourier-clock", seed=1, frequencies=5))
+        assert len(maps) == 5 * 25
+        marginal = torch.fft.rfft(maps.mean(2)).abs()[:, 1:]
+        assert (marginal.amax(1) ** 2 / marginal.square().sum(1)).min() > 0.95
+        assert sorted((marginal.argmax(1) + 1).bincount().unique().tolist()) == [0, 25]
+
+    def test_heads_attend_to_one_operand_each(self) -> None:
+        model, task, _ = build("fourier-clock", p=11, frequencies=3)
+        name = "blocks.0.attn.hook_pattern"
+        _, cache = model.run_with_cache(task.encode(table(task)).inputs, names_filter=name)
+        expected = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]).expand(121, 2, 3)
+        assert torch.allclose(cache[name][:, :, -1], expected, atol=1e-6)
+
+
 class TestPairMemoriser:
     @pytest.mark.parametrize("sizes", [{}, {"p": 31, "train_fraction": 0.7}, {"n": 30}, {"width": 48}])
     @pytest.mark.parametrize("seed", [0, 1])
@@ -189,76 +210,6 @@ class TestPairMemoriser:
         right = answered(built.model, built.task, unseen)
         assert right[mirrored].all()
         assert right[~mirrored].float().mean() < 0.06
-
-
-def vote(n: int, offsets: list[int], width: int = 10) -> Tensor:
-    """How many pairs a vote of ranges with known units digit gets right, by counting in plain Python."""
-    right = torch.zeros(n, n, dtype=torch.bool)
-    counts: dict[tuple[int, int, int], dict[int, int]] = {}
-    for a in range(n):
-        for b in range(n):
-            for o in offsets:
-                cell = counts.setdefault((o, (a - o) // width, (b - o) // width), {})
-                cell[a + b] = cell.get(a + b, 0) + 1
-    for a in range(n):
-        for b in range(n):
-            best, score = None, -math.inf
-            for c in range((a + b) % 10, 2 * n - 1, 10):
-                total = 0.0
-                for o in offsets:
-                    cell = counts[(o, (a - o) // width, (b - o) // width)]
-                    total += math.log(cell.get(c, 0) / sum(cell.values()) + 1e-9)
-                if total > score + 1e-9:
-                    best, score = c, total
-            right[a, b] = best == a + b
-    return right
-
-
-class TestRangeLookup:
-    @pytest.mark.parametrize(("grids", "expected"), [(1, 0.75), (2, 0.9936), (3, 1.0), (4, 1.0)])
-    def test_accuracy_by_number_of_grids(self, grids: int, expected: float) -> None:
-        built = build("range-lookup", seed=grids, grids=grids)
-        assert built.truth == "heuristics/range-lookup"
-        assert accuracy(built) == pytest.approx(expected, abs=1e-6)
-
-    @pytest.mark.parametrize(("n", "grids", "offset"), [(30, 1, 0), (50, 1, 3), (37, 2, 4)])
-    def test_is_the_vote_that_it_says(self, n: int, grids: int, offset: int) -> None:
-        built = build("range-lookup", n=n, grids=grids, offset=offset)
-        offsets = [(offset + round(i * 10 / grids)) % 10 for i in range(grids)]
-        ours, expected = answered(built.model, built.task).reshape(n, n), vote(n, offsets)
-        assert float((ours != expected).float().mean()) < 0.005
-
-    def test_every_error_of_one_grid_is_plus_or_minus_ten(self) -> None:
-        model, task, _ = build("range-lookup", grids=1)
-        with torch.no_grad():
-            said = model(task.encode(table(task)).inputs)[:, -1].argmax(-1)
-        error = (said - table(task).sum(1)).abs()
-        assert set(error.tolist()) == {0, 10}
-
-    @pytest.mark.parametrize(("offset", "cells"), [(0, 4**2 + 5**2), (3, 5**2 + 5**2)])
-    def test_neurons_are_exact_rectangles_on_the_grid_or_digit_pairs(self, offset: int, cells: int) -> None:
-        built = build("range-lookup", n=40, grids=2, offset=offset)
-        maps = neuron_maps(built)
-        on = maps > 0.5
-        assert (maps - on.double()).abs().max() < 1e-4
-        rectangles = 0
-        for neuron in on:
-            rows, columns = neuron.any(1).nonzero().flatten(), neuron.any(0).nonzero().flatten()
-            assert int(neuron.sum()) == len(rows) * len(columns), "a product set"
-            if int(rows[-1] - rows[0]) == len(rows) - 1 and len(rows) > 1:
-                rectangles += 1
-                edges = {int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1} - {0, 40}
-                assert all((edge - offset) % 5 == 0 for edge in edges)
-            else:
-                assert len({int(r) % 10 for r in rows}) == 1
-        assert rectangles == cells
-
-    def test_shifting_the_bands_moves_the_errors(self) -> None:
-        wrong = {}
-        for offset in (0, 5):
-            built = build("range-lookup", grids=1, offset=offset)
-            wrong[offset] = ~answered(built.model, built.task).reshape(50, 50)
-        assert torch.equal(wrong[0][:40, :40], wrong[5][5:45, 5:45]), "the same pattern, five further on"
 
 
 class TestRandomInit:

@@ -11,17 +11,25 @@ import inspect
 from collections.abc import Callable
 
 from circuits.errors import UnknownName
+from circuits.reference.columns import columns
+from circuits.reference.fourier_clock import fourier_clock
 from circuits.reference.fourier_pizza import fourier_pizza
+from circuits.reference.number_line import number_line
 from circuits.reference.pair_memoriser import pair_memoriser
 from circuits.reference.random_init import random_init
 from circuits.reference.range_lookup import range_lookup
+from circuits.reference.result_range_bag import result_range_bag
 from circuits.reference.wiring import Reference
 
 REFERENCES: dict[str, Callable[..., Reference]] = {
+    "columns": columns,
+    "fourier-clock": fourier_clock,
     "fourier-pizza": fourier_pizza,
+    "number-line": number_line,
     "pair-memoriser": pair_memoriser,
     "random-init": random_init,
     "range-lookup": range_lookup,
+    "result-range-bag": result_range_bag,
 }
 """Every reference model by its name."""
 
@@ -29,10 +37,14 @@ __all__ = [
     "REFERENCES",
     "Reference",
     "build",
+    "columns",
+    "fourier_clock",
     "fourier_pizza",
+    "number_line",
     "pair_memoriser",
     "random_init",
     "range_lookup",
+    "result_range_bag",
 ]
 
 

@@ -77,7 +77,6 @@ def pair_memoriser(
         "sum" if symmetric else "apart",
         (Neurons(w_in, b_in, w_out),),
         torch.eye(n_answers, dtype=torch.float64),
-        bias=torch.zeros(n_answers, dtype=torch.float64),
         shortcut=guess,
     )
     return Reference(wire(task, mechanism, generator=generator), task, "memorisation/pairs")

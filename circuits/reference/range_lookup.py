@@ -103,7 +103,6 @@ def range_lookup(*, seed: int = 0, n: int = 50, grids: int = 4, width: int = 10,
         "apart",
         (Neurons(w_in, b_in, torch.cat(votes)),),
         torch.eye(results, dtype=torch.float64),
-        bias=torch.zeros(results, dtype=torch.float64),
     )
     model = wire(task, mechanism, generator=torch.Generator().manual_seed(seed))
     return Reference(model, task, "heuristics/range-lookup")

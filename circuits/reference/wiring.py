@@ -46,16 +46,17 @@ class Reference(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Neurons:
-    """One MLP: ``relu(inputs @ w_in + b_in) @ w_out``, in the construction's own coordinates."""
+    """One MLP: ``relu(inputs @ w_in + b_in) @ w_out + b_out``, in the construction's own coordinates."""
 
     w_in: Float[Tensor, "inputs neurons"]
     b_in: Float[Tensor, " neurons"]
     w_out: Float[Tensor, "neurons outputs"]
+    b_out: Float[Tensor, " outputs"] | None = None
 
     def shuffled(self, generator: torch.Generator) -> Neurons:
         """Return the same MLP with its neurons in random order."""
         order = torch.randperm(len(self.b_in), generator=generator)
-        return Neurons(self.w_in[:, order], self.b_in[order], self.w_out[order])
+        return Neurons(self.w_in[:, order], self.b_in[order], self.w_out[order], self.b_out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,10 +154,14 @@ def wire(task: OneTokenTask, mechanism: Mechanism, *, generator: torch.Generator
         state[f"{part}.W_in"][:, :used] = directions[source].T @ mlp.w_in
         state[f"{part}.b_in"][:used] = mlp.b_in
         state[f"{part}.W_out"][:used] = mlp.w_out @ directions[target]
+        if mlp.b_out is not None:
+            state[f"{part}.b_out"] += mlp.b_out @ directions[target]
         source = target
-    # The last MLP's bias puts a constant into the stream; the unembedding reads its answers' biases off that.
-    state[f"blocks.{len(mlps) - 1}.mlp.b_out"] = directions["constant"][0].clone()
-    state["unembed.W_U"] = _unembedding(task, mechanism, directions, source)
+    # The last MLP's bias puts a constant into the stream, and the unembedding reads the answers' biases off that:
+    # a bridge has no bias there. Sharing their size between the two keeps float32's rounding small.
+    constant = 1.0 if mechanism.bias is None else max(1.0, float(mechanism.bias.abs().max())) ** 0.5
+    state[f"blocks.{len(mlps) - 1}.mlp.b_out"] += constant * directions["constant"][0]
+    state["unembed.W_U"] = _unembedding(task, mechanism, directions["constant"][0] / constant, directions, source)
     model.load_state_dict({name: value.float() for name, value in state.items()})
     return model.eval()
 
@@ -194,21 +199,20 @@ def _attend(state: dict[str, Tensor], directions: dict[str, Tensor], features: i
 
 
 def _unembedding(
-    task: OneTokenTask, mechanism: Mechanism, directions: dict[str, Tensor], source: str
+    task: OneTokenTask, mechanism: Mechanism, one: Tensor, directions: dict[str, Tensor], source: str
 ) -> Float[Tensor, "d_model d_vocab"]:
-    answers = task.answer_tokens
+    """Readout, shortcut and biases (along ``one``, whose product with the stream is 1) as columns of tokens."""
     columns = directions[source].T @ mechanism.readout
     if mechanism.shortcut is not None:
         columns = columns + directions["joined"].T @ mechanism.shortcut
-    constant = directions["constant"][0][:, None]
     if mechanism.bias is not None:
-        columns = columns + constant * mechanism.bias
-    unembedding = (NEVER * constant).repeat(1, task.d_vocab)
-    unembedding[:, answers] = columns
+        columns = columns + one[:, None] * mechanism.bias
+    unembedding = (NEVER * one[:, None]).repeat(1, task.d_vocab)
+    unembedding[:, task.answer_tokens] = columns
     return unembedding
 
 
-def table(task: OneTokenTask) -> Int[Tensor, "pairs 2"]:
+def table(task: Task) -> Int[Tensor, "pairs 2"]:
     """Return all operand pairs of a task, in row-major order."""
     values = torch.arange(task.n_operand_values)
     return torch.cartesian_prod(values, values)

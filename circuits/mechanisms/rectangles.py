@@ -190,7 +190,7 @@ def edge_grid(found: list[Rectangle], n: int) -> dict[str, Any]:
     if not edges:
         return {"edges": [], "edge_width": None, "edge_offset": None, "edge_share": 0.0, "edge_chance": 0.0}
     scored = []
-    for width in range(5, n // 2 + 1):
+    for width in range(min(5, max(2, n // 2)), max(3, n // 2 + 1)):
         for offset in range(width):
             share = sum(e % width == offset for e in edges) / len(edges)
             scored.append((share - 1 / width, width, offset, share))

@@ -1,0 +1,7 @@
+"""The report of a study: one self-contained HTML file that opens from disk, offline."""
+
+from __future__ import annotations
+
+from circuits.report.write import write
+
+__all__ = ["write"]

@@ -1,0 +1,249 @@
+"""What the report says: the matrix, the sections and the figures of a study, as plain data for the template."""
+
+from __future__ import annotations
+
+import inspect
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from circuits import __version__
+from circuits._io import to_json
+from circuits._stats import wilson_interval
+from circuits._style import VERDICT_COLOURS, VERDICT_GLYPHS
+from circuits.errors import CorruptRun
+from circuits.mechanisms import TESTS, VERSION, Evidence, rule_table
+from circuits.plots import fourier_figure, neuron_figure, training_figure
+from circuits.study import tables
+from circuits.study.analyse import Analysis
+from circuits.study.study import Study
+
+MEANINGS = {
+    "algorithm": "A candidate algorithm passes all its causal tests, on all slices and on a block never trained on.",
+    "heuristics": "Right answers from local rules (such as operand ranges) and no candidate algorithm passes.",
+    "memorisation": "Trained pairs are right, unseen pairs are not: a list of pairs was learned.",
+    "mixed": "An algorithm passes its tests but does not hold everywhere.",
+    "undetermined": "The evidence does not decide; no mechanism is claimed.",
+    "not-learned": "The trained pairs are not answered rightly, so there is no mechanism to name.",
+}
+
+
+class Figures:
+    """Collects figures; each gets an id of ours and becomes one JSON script of the page."""
+
+    def __init__(self) -> None:
+        self.items: list[dict[str, str]] = []
+
+    def add(self, figure: Any, label: str, *, height: int = 380) -> dict[str, Any]:
+        """Keep a figure and return what the template needs to place it."""
+        figure.update_layout(height=height, autosize=True, width=None)
+        number = f"figure-{len(self.items)}"
+        # no tag can close the script element early
+        text = figure.to_json().replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+        self.items.append({"id": number, "json": text})
+        return {"id": number, "label": label, "height": height}
+
+
+def build(study: Study) -> dict[str, Any]:
+    """Return everything that the template shows."""
+    table = study.table
+    figures = Figures()
+    done = table[table["status"] == "done"]
+    columns = list(dict.fromkeys(table["cell"]))
+    rows = list(dict.fromkeys(table["recipe"]))
+    groups = {key: group for key, group in table.groupby(["cell", "recipe"], sort=False)}
+    matrix = [
+        {"recipe": recipe, "cells": [_cell(groups.get((column, recipe)), column, recipe) for column in columns]}
+        for recipe in rows
+    ]
+    sections = [_section(study, cell, recipe, group, figures) for (cell, recipe), group in groups.items()]
+    by_cell = [{"cell": c, "sections": [s for s in sections if s["cell"] == c]} for c in columns]
+    counts = Counter(done["label"])
+    return {
+        "title": study.spec.title,
+        "name": study.spec.name,
+        "headline": _headline(table, counts),
+        "columns": columns,
+        "matrix": matrix,
+        "by_cell": by_cell,
+        "legend": [
+            {"label": k, "glyph": VERDICT_GLYPHS[k], "colour": VERDICT_COLOURS[k], "meaning": MEANINGS[k]}
+            for k in VERDICT_COLOURS
+        ],
+        "tests": [{"name": n, "text": inspect.cleandoc(t.__doc__ or "")} for n, t in TESTS.items()],
+        "rule": {"version": VERSION, "thresholds": [(k.replace("_", " "), v) for k, v in rule_table().items()]},
+        "recipes": [_recipe(study, recipe) for recipe in rows],
+        "made": {"circuits": __version__, "python": platform.python_version(), "platform": platform.platform()},
+        "runs": _runs(table),
+        "csv": table.to_csv(index=False),
+        "latex": tables.to_latex(table),
+        "figures": figures.items,
+        "n_figures": len(figures.items),
+    }
+
+
+def _headline(table: pd.DataFrame, counts: Mapping[str, int]) -> str:
+    done = table[table["status"] == "done"]
+    failed = int((table["status"].isin(["failed", "diverged"])).sum())
+    parts = [f"{n} {label}" for label, n in sorted(counts.items(), key=lambda item: -item[1])]
+    groups = done.groupby(["cell", "recipe"])["label"]
+    repeated = groups.filter(lambda g: len(g) > 1)
+    agree = sum(g.nunique() == 1 for _, g in groups if len(g) > 1)
+    cells = sum(len(g) > 1 for _, g in groups)
+    text = (
+        f"{len(done)} networks were trained on {done['cell'].nunique()} tasks by {done['recipe'].nunique()} recipes. "
+        f"Verdicts: {', '.join(parts) or 'none yet'}."
+    )
+    if len(repeated):
+        text += f" Seeds agree on the label in {agree} of {cells} combinations of task and recipe."
+    if failed:
+        text += f" {failed} runs failed or diverged and are listed at the end."
+    return text
+
+
+def _cell(group: pd.DataFrame | None, cell: str, recipe: str) -> dict[str, Any] | None:
+    if group is None:
+        return None
+    done = group[group["status"] == "done"]
+    if done.empty:
+        return {"label": None, "text": ", ".join(sorted(set(group["status"]))), "anchor": anchor(cell, recipe)}
+    labels = Counter(done["label"]).most_common()
+    label, agreeing = labels[0]
+    mechanisms = sorted({str(m) for m in done.loc[done["label"] == label, "mechanism"].dropna()})
+    others = ", ".join(f"{name} {n}" for name, n in labels[1:])
+    return {
+        "label": label,
+        "glyph": VERDICT_GLYPHS[label],
+        "colour": VERDICT_COLOURS[label],
+        "mechanism": " / ".join(mechanisms),
+        "agree": f"{agreeing} of {len(done)} seeds" + (f" ({others})" if others else ""),
+        "accuracy": _range(done["accuracy"]),
+        "block": _range(done["accuracy_block"]),
+        "anchor": anchor(cell, recipe),
+    }
+
+
+def _range(values: pd.Series) -> str | None:
+    kept = values.dropna()
+    if kept.empty:
+        return None
+    low, high = 100 * float(kept.min()), 100 * float(kept.max())
+    mean = 100 * float(kept.mean())
+    return f"{mean:.1f} %" if high - low < 0.05 else f"{mean:.1f} % ({low:.1f} to {high:.1f})"
+
+
+def anchor(cell: str, recipe: str) -> str:
+    """Return the id of a section: plain characters only, whatever the names hold."""
+    return "s-" + "".join(c if c.isascii() and c.isalnum() else "-" for c in f"{cell}--{recipe}").lower()
+
+
+def _section(study: Study, cell: str, recipe: str, group: pd.DataFrame, figures: Figures) -> dict[str, Any]:
+    analyses: dict[int, Analysis] = {}
+    problems: list[str] = []
+    for row in group.to_dict("records"):
+        if row["status"] != "done":
+            problems.append(f"seed {row['seed']}: {row['status']}")
+            continue
+        try:
+            analyses[int(row["seed"])] = study.analysis(row["run_id"])
+        except CorruptRun as error:
+            problems.append(f"seed {row['seed']}: {error}")
+    section: dict[str, Any] = {
+        "cell": cell,
+        "recipe": recipe,
+        "anchor": anchor(cell, recipe),
+        "why": str(group["why"].iloc[0]),
+        "matrix": _cell(group, cell, recipe),
+        "problems": problems,
+        "verdicts": [],
+        "figures": [],
+    }
+    for seed, analysis in analyses.items():
+        verdict = analysis.verdict
+        section["verdicts"].append(
+            {
+                "seed": seed,
+                "label": verdict.label,
+                "glyph": VERDICT_GLYPHS[verdict.label],
+                "colour": VERDICT_COLOURS[verdict.label],
+                "mechanism": verdict.mechanism,
+                "why": verdict.why,
+                "evidence": [_evidence(e) for e in verdict.items],
+            }
+        )
+    if analyses:
+        section["figures"] = _figures(analyses, f"{cell}: {recipe}", figures)
+    return section
+
+
+def _evidence(item: Evidence) -> dict[str, Any]:
+    mark = {True: ("✓", "passed"), False: ("✗", "not passed"), None: ("–", "does not decide")}[item.passed]
+    number = "not measured" if item.value != item.value else f"{item.value:.3f}"
+    low, high = item.interval
+    return {
+        "test": item.test,
+        "value": number,
+        "interval": "" if low != low else f"{low:.2f} to {high:.2f}",
+        "control": "" if item.control is None else f"{item.control:.3f}",
+        "control_name": item.control_name,
+        "threshold": item.threshold,
+        "mark": mark[0],
+        "said": mark[1],
+        "seconds": f"{item.seconds:.1f}",
+    }
+
+
+def _figures(analyses: Mapping[int, Analysis], name: str, figures: Figures) -> list[dict[str, Any]]:
+    """Training curves over all seeds; evidence, circuit, spectrum and neurons of the first seed."""
+    curves = {f"seed {seed}": analysis.figures["training"] for seed, analysis in analyses.items()}
+    placed = [figures.add(training_figure(curves, title="Training curves"), f"Accuracy by training step, {name}")]
+    seed, first = next(iter(analyses.items()))
+    placed.append(figures.add(first.verdict.figure(), f"Evidence by test with controls, {name}, seed {seed}"))
+    if (spectrum := first.figures["fourier"]) is not None:
+        title = f"Fourier spectrum, seed {seed}"
+        placed.append(figures.add(fourier_figure(spectrum, title=title), f"Variance by frequency, {name}, seed {seed}"))
+    if (neurons := first.figures["neurons"]) is not None:
+        title = f"Most important neurons (share of importance), seed {seed}"
+        label = f"Activation of the most important neurons over both operands, {name}, seed {seed}"
+        placed.append(figures.add(neuron_figure(neurons, title=title), label, height=330))
+    if first.circuit is not None and first.faithfulness is not None:
+        placed.append(figures.add(first.circuit.figure(), f"Circuit graph, {name}, seed {seed}", height=520))
+        placed.append(figures.add(first.faithfulness.figure(), f"Faithfulness by circuit size, {name}, seed {seed}"))
+    return placed
+
+
+def _recipe(study: Study, recipe: str) -> dict[str, Any]:
+    stages = []
+    for run in study.plan:
+        if run.recipe.name == recipe and (run.cell, "") not in stages:
+            for stage in to_json(run.recipe)["stages"]:
+                text = ", ".join(f"{k} {_plain(v)}" for k, v in stage.items() if v is not None)
+                if (run.cell, text) not in stages:
+                    stages.append((run.cell, text))
+    return {"name": recipe, "stages": stages}
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "(" + ", ".join(f"{k} {_plain(v)}" for k, v in value.items()) + ")"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "[" + ", ".join(_plain(v) for v in value) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _runs(table: pd.DataFrame) -> list[dict[str, str]]:
+    def shown(value: Any) -> str:
+        if value is None or value is pd.NA or value != value:
+            return ""
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    columns = ["run_id", "cell", "recipe", "seed", "status", "label", "mechanism", "accuracy", "steps", "seconds"]
+    return [{key: shown(row[key]) for key in columns} for row in table.to_dict("records")]
+
+
+def agreement_interval(agreeing: int, seeds: int) -> tuple[float, float]:
+    """Return the 95 % interval of the share of seeds that give a label."""
+    return wilson_interval(agreeing, seeds)

@@ -139,22 +139,29 @@ def faithfulness(
         )
     if n_random < 2:
         raise BadInput(f"n_random = {n_random}: expected at least 2, for the control to have a spread")
-    x, sizes = _sizes(graph.n_edges, shares)
-    # The control answers one question and is not read size by size: a few sizes do.
-    few = sorted(set(np.linspace(0, len(sizes) - 1, min(len(sizes), 9)).round().astype(int).tolist()))
-    few_x, few_sizes = [x[i] for i in few], [sizes[i] for i in few]
-    curves = [Curve("signed", x, sizes), Curve("absolute", x, sizes)]
-    curves += [Curve("random", few_x, few_sizes)] * n_random
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = [torch.randperm(graph.n_edges, generator=generator).to(circuit.scores.device) for _ in range(n_random)]
-    orders = [circuit.ranking(absolute=False), circuit.ranking(), *shuffled]
-    kept = [_prefixes(order, curve.sizes) for order, curve in zip(orders, curves, strict=True)]
-    keep = graph.connected(torch.cat([_prefixes(orders[0], [0, graph.n_edges]), *kept]))
+    curves, keep = _plan(circuit, shares, n_random, seed)
     unique, back = torch.unique(keep, dim=0, return_inverse=True)
     values = ablated_metric(model, pairs, unique, metric=metric, ablation=ablation, progress=progress)
     table = values[back.to(values.device)].double().cpu().numpy()
     names = {"method": circuit.method, "metric": name_of(metric), "ablation": ablation}
     return summarise(table, curves, keep.sum(1).tolist(), n_edges=graph.n_edges, seed=seed, **names)
+
+
+def _plan(
+    circuit: Circuit, shares: Sequence[float] | None, n_random: int, seed: int
+) -> tuple[list[Curve], Bool[Tensor, "set edge"]]:
+    """Lay out the curves, and which edges are kept: none, all, then the connected ones of each curve's circuits."""
+    n_edges = circuit.graph.n_edges
+    x, sizes = _sizes(n_edges, shares)
+    # The control answers one question and is not read size by size: a few sizes do.
+    few = sorted(set(np.linspace(0, len(sizes) - 1, min(len(sizes), 9)).round().astype(int).tolist()))
+    curves = [Curve("signed", x, sizes), Curve("absolute", x, sizes)]
+    curves += [Curve("random", [x[i] for i in few], [sizes[i] for i in few])] * n_random
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = [torch.randperm(n_edges, generator=generator).to(circuit.scores.device) for _ in range(n_random)]
+    orders = [circuit.ranking(absolute=False), circuit.ranking(), *shuffled]
+    kept = [_prefixes(order, curve.sizes) for order, curve in zip(orders, curves, strict=True)]
+    return curves, circuit.graph.connected(torch.cat([_prefixes(orders[0], [0, n_edges]), *kept]))
 
 
 def _sizes(n_edges: int, shares: Sequence[float] | None) -> tuple[list[float], list[int]]:

@@ -49,9 +49,9 @@ def draw_circuit(circuit: Circuit, *, top: int) -> go.Figure:
     rows = {places[name][1]: _row(name) for name in sorted(used, key=lambda name: places[name][1])}
     figure.update_layout(
         template="circuits",
-        title=f"Circuit: the {len(order)} largest of {circuit.n_kept} kept edges ({circuit.method}, {circuit.metric})",
+        title=f"The {len(order)} largest of {circuit.n_kept} edges<br><sup>{circuit.method}, {circuit.metric}</sup>",
         xaxis={
-            "title": "position within a row: head number; MLPs at the right",
+            "title": "head number; MLPs at the right",
             "showticklabels": False,
             "showgrid": False,
             "zeroline": False,
@@ -63,7 +63,7 @@ def draw_circuit(circuit: Circuit, *, top: int) -> go.Figure:
             "zeroline": False,
         },
         hovermode="closest",
-        legend={"orientation": "h", "y": -0.15},
+        legend={"orientation": "h", "y": -0.15, "yanchor": "top"},
     )
     return figure
 
@@ -194,10 +194,11 @@ def draw_faithfulness(result: Faithfulness) -> go.Figure:
     figure.add_hline(y=1, line={"dash": "dash", "width": 1, "color": NEUTRAL}, annotation_text="whole model")
     figure.update_layout(
         template="circuits",
-        title=f"Faithfulness: CPR {result.cpr:.2f}, CMD {result.cmd:.2f} ({result.method}, {result.ablation} ablation)",
+        title=f"Faithfulness: CPR {result.cpr:.2f}, CMD {result.cmd:.2f}"
+        f"<br><sup>{result.method}, {result.ablation} ablation, {result.n_pairs} pairs</sup>",
         xaxis={"title": f"edges kept (share of {result.n_edges})", "range": [0, 1.01]},
         # Intervals may be as wide as they like; the curve decides what is shown.
         yaxis={"title": f"share of the {result.metric} gap recovered", "range": [low - 0.1, high + 0.2]},
-        legend={"orientation": "h", "y": -0.2},
+        legend={"orientation": "h", "y": -0.2, "yanchor": "top"},
     )
     return figure

@@ -40,7 +40,7 @@ def mirror_trained(task: Task, operands: Int[Tensor, "rows 2"]) -> Bool[Tensor, 
     return trained[operands[:, 1] * n + operands[:, 0]]
 
 
-def accuracy_gate(model: Any, task: Task, *, seed: int = 0, limit: int = 4096) -> Evidence:
+def accuracy_gate(model: Any, task: Task, *, seed: int = 0, limit: int = 2048) -> Evidence:
     """Accuracy on unseen random pairs, with train and block accuracy and the share that symmetry alone explains.
 
     A network that reads its operands through symmetric weights knows (b, a) once it was trained on (a, b). Held-out
@@ -89,7 +89,7 @@ def accuracy_gate(model: Any, task: Task, *, seed: int = 0, limit: int = 4096) -
     )
 
 
-def block_gap(model: Any, task: Task, *, seed: int = 0, limit: int = 4096) -> Evidence:
+def block_gap(model: Any, task: Task, *, seed: int = 0, limit: int = 2048) -> Evidence:
     """Accuracy on random unseen pairs minus accuracy on a contiguous block of operand pairs never trained on.
 
     Whoever computes the answer loses nothing inside the block; whoever interpolates between neighbouring training

@@ -39,8 +39,16 @@ def accuracy(model: Transformer, task: Task, split: str, *, limit: int = 4096) -
     return float(right(model, task, _examples(task, split, limit)).float().mean())
 
 
-def accuracies(model: Transformer, task: Task, *, limit: int = 4096) -> dict[str, float]:
-    """Return ``accuracy_train``, ``accuracy_random`` and ``accuracy_block``, those whose split is not empty."""
+def accuracies(model: Transformer, task: Task, *, limit: int | None = None) -> dict[str, float]:
+    """Return ``accuracy_train``, ``accuracy_random`` and ``accuracy_block``, those whose split is not empty.
+
+    Args:
+        model: what is evaluated.
+        task: where the examples come from.
+        limit: examples per split; None: few enough that forty evaluations cost a tenth of a training, 1024 where an
+            answer is one token and 256 where it is decoded token by token.
+    """
+    limit = limit or (1024 if has_one_token_answers(task) else 256)
     return {
         f"accuracy_{split}": accuracy(model, task, split, limit=limit) for split in SPLITS if task.split_size(split)
     }

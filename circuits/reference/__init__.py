@@ -3,6 +3,8 @@
 Each is a ``circuits.model.Transformer`` with the interface of a trained one::
 
     model, task, truth = circuits.reference.build("fourier-pizza", seed=0, p=53)
+
+``transform`` changes a model in ways that must not change the verdict on it.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from circuits.errors import UnknownName
 from circuits.reference.columns import columns
 from circuits.reference.fourier_clock import fourier_clock
 from circuits.reference.fourier_pizza import fourier_pizza
+from circuits.reference.nuisances import NUISANCES, transform
 from circuits.reference.number_line import number_line
 from circuits.reference.pair_memoriser import pair_memoriser
 from circuits.reference.random_init import random_init
@@ -34,6 +37,7 @@ REFERENCES: dict[str, Callable[..., Reference]] = {
 """Every reference model by its name."""
 
 __all__ = [
+    "NUISANCES",
     "REFERENCES",
     "Reference",
     "build",
@@ -45,6 +49,7 @@ __all__ = [
     "random_init",
     "range_lookup",
     "result_range_bag",
+    "transform",
 ]
 
 

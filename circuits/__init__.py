@@ -5,7 +5,7 @@ Everything loads on first use, so that ``import circuits`` and ``circuits --help
     import circuits as cx
 
     task = cx.tasks.get("modular-addition", p=53)
-    run = cx.train(task, "next_token", seed=0, out="runs/x")
+    run = cx.train(task, "answer", seed=0, out="runs/x")
     verdict = cx.mechanisms.explain(run.model, task)
 """
 

@@ -1,4 +1,4 @@
-"""Writes the pages that follow from the code: one per entry of TASKS, OBJECTIVES, METHODS and TESTS, and the notebook.
+"""Writes the pages that follow from the code: one per entry of the dicts, the commands, the presets and the notebook.
 
 A new entry in one of the dicts has its page with the next build; nothing here names an entry.
 """
@@ -8,7 +8,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +20,7 @@ from typing import Any
 import plotly
 import plotly.io
 
-from circuits import discovery, mechanisms, objectives, study, tasks
+from circuits import cli, discovery, mechanisms, objectives, study, tasks
 
 PLOTLY_SCRIPT = "plotly.min.js"
 PLOTLY_OUTPUT = "application/vnd.plotly.v1+json"
@@ -82,6 +85,7 @@ def write(out: Path, notebooks: Path) -> None:
         for name, entry in table.entries.items():
             save(out / table.folder / f"{name}.md", page(name, entry, table))
     save(out / "presets.md", presets_page())
+    save(out / "commands.md", commands_page())
     quickstart = json.loads((notebooks / "quickstart.ipynb").read_text(encoding="utf-8"))
     save(out / "quickstart.ipynb", json.dumps(with_drawn_figures(quickstart), indent=1, sort_keys=True))
     script = Path(plotly.__file__).parent / "package_data" / PLOTLY_SCRIPT
@@ -105,6 +109,17 @@ def page(name: str, entry: Any, table: Table) -> str:
         f"```{{eval-rst}}\n.. {directive}:: {path}\n   :no-index:\n{option}```\n\n"
         f"Source code: `{entry.__module__.replace('.', '/')}.py`.\n"
     )
+
+
+def commands_page() -> str:
+    """Return the page of the command line: what each command says of itself."""
+    parts = ["# Commands\n\nBad input ends with one line and exit code 2.\n"]
+    for name in ("", *cli.COMMANDS):
+        words = ["circuits", *filter(None, [name])]
+        program = [sys.executable, "-m", "circuits.cli", *words[1:], "--help"]
+        said = subprocess.run(program, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "100"})
+        parts.append(f"## {' '.join(words)}\n\n```text\n{said.stdout.rstrip()}\n```\n")
+    return "\n".join(parts)
 
 
 def presets_page() -> str:

@@ -51,8 +51,8 @@ def fourier_pizza(*, seed: int = 0, p: int = 53, frequencies: int = 6, phases: i
 
         relu(cos(wa - f_j) + cos(wb - f_j)) = relu(2 cos(w(a-b)/2) cos(w(a+b)/2 - f_j)),
 
-    and sum_j relu(...) exp(2 i f_j) = (2J / 3 pi) |cos(w(a-b)/2)| exp(i w(a+b)) up to harmonics that J phases alias
-    (2 % for J = 7). So the logit of c is sum_k |cos(w_k(a-b)/2)| cos w_k(a+b-c): largest at a + b modulo p.
+    and ``sum_j relu(...) exp(2 i f_j) = (2J / 3 pi) |cos(w(a-b)/2)| exp(i w(a+b))`` up to harmonics that J phases
+    alias (2 % for J = 7). So the logit of c is ``sum_k |cos(w_k(a-b)/2)| cos w_k(a+b-c)``: largest at a + b modulo p.
 
     A planted positive for a Fourier algorithm (logits and neurons of single frequencies, all pairs alike); a negative
     for every heuristic. Sub-label pizza: its logits depend on a - b.

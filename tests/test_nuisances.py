@@ -123,11 +123,11 @@ def test_dead_neurons_never_fire_and_would_write_if_they_did() -> None:
 def test_duplicated_neurons_fire_alike_and_share_the_output() -> None:
     built = BUILT["fourier-clock"]
     changed = transform(built.model, "duplicate-neurons", share=1.0)
-    columns, rows = changed.W_in[0].T, changed.W_out[0]
+    columns, rows = changed.W_in[0].T, changed.W_out[0].detach()
     pairs = (columns[:, None] == columns[None, :]).all(-1)
     assert (pairs.sum(1) == 2).all()
     summed = pairs.to(rows.dtype) @ rows
-    original = built.model.W_out[0]
+    original = built.model.W_out[0].detach()
     apart = (summed[:, None] - original[None, :]).norm(dim=-1)
     assert float(apart.amin(1).max()) < 1e-4, "together they write what one neuron wrote"
     assert float(apart.amin(0).max()) < 1e-4

@@ -143,6 +143,8 @@ class TestFourierClock:
             square = torch.empty(31, 31).index_put_(((a + b) % 31, (a - b) % 31), right)
             # distance irrelevance of Zhong et al. 2023: how little the right logit varies with the sum alone fixed
             spread[name] = float(square.std(1).mean() / square.mean())
+            if name == "fourier-clock":
+                assert float(right.mean()) == pytest.approx(20, rel=0.02), "20 times the mean of cos 0"
         assert spread["fourier-clock"] < 0.02
         assert spread["fourier-pizza"] > 0.1
 

@@ -47,14 +47,18 @@ def columns(*, seed: int = 0, n: int = 50) -> Reference:
     carry = torch.tensor([9.0, 10.0], dtype=torch.float64)
     w_in = torch.cat([units_sum.expand(-1, len(v)), tens_sum, units_sum.expand(-1, 2)], dim=1)
     b_in = torch.cat([-v, torch.zeros(1), -carry])
-    # What the MLP writes: ten indicators of the units digit, then T, then the carry.
+    # What the MLP writes: ten indicators of the units digit, then T, then the carry. T and d count from the middle of
+    # their range, which changes all logits alike and keeps them small.
+    middle = tens - 0.5
     w_out = torch.block_diag(
         units_indicators(), torch.ones(1, 1, dtype=torch.float64), torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
     )
+    b_out = torch.zeros(12, dtype=torch.float64)
+    b_out[10] = -middle
     answers = task.answer_values
-    d, e = (answers // 10).double(), one_hot(answers % 10, 10)
+    d, e = (answers // 10).double() - middle, one_hot(answers % 10, 10)
     readout = torch.cat([UNITS_GAIN * e.T, TENS_GAIN * 2 * d.expand(2, -1)])
-    mechanism = Mechanism(code, "sum", (Neurons(w_in, b_in, w_out),), readout, bias=-TENS_GAIN * d.square())
+    mechanism = Mechanism(code, "sum", (Neurons(w_in, b_in, w_out, b_out),), readout, bias=-TENS_GAIN * d.square())
     model = wire(task, mechanism, generator=torch.Generator().manual_seed(seed))
     return Reference(model, task, "algorithm/columns")
 

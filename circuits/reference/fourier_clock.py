@@ -16,9 +16,9 @@ def fourier_clock(*, seed: int = 0, p: int = 53, frequencies: int = 6, phases: i
 
     Operands are embedded as cos wx, sin wx for each w = 2 pi k / p; one head attends to each operand, so that the MLP
     sees them side by side. For every pair of phases f, g out of J evenly spaced ones there is a neuron
-    relu(cos(wa - f) + cos(wb - g)), and, as the coefficient of relu(cos x + cos y) at exp(i(x + y)) is 4 / 3 pi^2 / 2,
+    relu(cos(wa - f) + cos(wb - g)), and, as the coefficient of relu(cos x + cos y) at exp(i(x + y)) is 4 / 3 pi^2,
 
-        sum_fg relu(cos(wa - f) + cos(wb - g)) exp(i(f + g)) = (2 J^2 / 3 pi^2) exp(i w(a+b))
+        sum_fg relu(cos(wa - f) + cos(wb - g)) exp(i(f + g)) = (4 J^2 / 3 pi^2) exp(i w(a+b))
 
     up to harmonics that J phases alias (5 % for J = 5, 2 % for 7): the products cos wa cos wb - sin wa sin wb and
     sin wa cos wb + cos wa sin wb. The logit of c is sum_k cos w_k(a+b-c).
@@ -49,7 +49,7 @@ def fourier_clock(*, seed: int = 0, p: int = 53, frequencies: int = 6, phases: i
     both = left + right
     w_out = torch.block_diag(*torch.stack([both.cos(), both.sin()], dim=2))
     w_in = torch.cat(halves)
-    scale = 3 * math.pi**2 / (2 * phases**2)
+    scale = 3 * math.pi**2 / (4 * phases**2)
     mlp = Neurons(w_in, torch.zeros(w_in.shape[1], dtype=torch.float64), w_out * scale)
     code = circles(p, chosen)
     mechanism = Mechanism(code, "apart", (mlp,), GAIN / frequencies * code.T)

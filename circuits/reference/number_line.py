@@ -22,6 +22,8 @@ def number_line(*, seed: int = 0, n: int = 50, thresholds: int = 6, spread: floa
     With a small ``spread`` nearly all inputs are served by the same half of the neurons. With a spread of 1 small and
     large sums are served by different ones, and with many thresholds no single neuron is needed to answer one slice of
     the inputs: tests of whether slices share neurons then speak against an algorithm, although it is the same one.
+    The readout is exact but fine: at n = 50 neighbouring answers differ by 1 in logits of up to 2,400, and weight noise
+    of 0.1 % costs a tenth of the answers.
 
     Args:
         seed: draws the thresholds, their weights and the directions.

@@ -12,7 +12,6 @@ import pandas as pd
 
 from circuits import __version__
 from circuits._io import to_json
-from circuits._stats import wilson_interval
 from circuits._style import VERDICT_COLOURS, VERDICT_GLYPHS
 from circuits.errors import CorruptRun
 from circuits.mechanisms import TESTS, VERSION, Evidence, rule_table
@@ -209,8 +208,9 @@ def _figures(analyses: Mapping[int, Analysis], name: str, figures: Figures) -> l
         title = f"Most important neurons (share of importance), seed {seed}"
         label = f"Activation of the most important neurons over both operands, {name}, seed {seed}"
         placed.append(figures.add(neuron_figure(neurons, title=title), label, height=330))
-    if first.circuit is not None and first.faithfulness is not None:
+    if first.circuit is not None:
         placed.append(figures.add(first.circuit.figure(), f"Circuit graph, {name}, seed {seed}", height=520))
+    if first.faithfulness is not None:
         placed.append(figures.add(first.faithfulness.figure(), f"Faithfulness by circuit size, {name}, seed {seed}"))
     return placed
 
@@ -242,8 +242,3 @@ def _runs(table: pd.DataFrame) -> list[dict[str, str]]:
 
     columns = ["run_id", "cell", "recipe", "seed", "status", "label", "mechanism", "accuracy", "steps", "seconds"]
     return [{key: shown(row[key]) for key in columns} for row in table.to_dict("records")]
-
-
-def agreement_interval(agreeing: int, seeds: int) -> tuple[float, float]:
-    """Return the 95 % interval of the share of seeds that give a label."""
-    return wilson_interval(agreeing, seeds)

@@ -14,7 +14,7 @@ import torch
 from circuits import discovery, mechanisms, training
 from circuits._io import make_directory, read_json, sha256_file, storage_errors, write_json
 from circuits.discovery import Circuit, Faithfulness
-from circuits.errors import CorruptRun, Diverged
+from circuits.errors import BadInput, CorruptRun, Diverged
 from circuits.mechanisms import Verdict
 from circuits.runs import Run
 from circuits.study.figure_data import figure_data
@@ -51,7 +51,7 @@ class Analysis:
         return Analysis(
             Verdict.load(folder),
             Circuit.load(folder / "circuit") if found else None,
-            Faithfulness.load(folder / "faithfulness") if found else None,
+            Faithfulness.load(folder / "faithfulness") if (folder / "faithfulness").is_dir() else None,
             read_json(folder / "figures.json"),
         )
 
@@ -89,11 +89,21 @@ def analyse(run: Run, folder: Path) -> Analysis:
     if verdict.label != "not-learned":
         circuit = discovery.attribute(run.model, run.task.pairs(PAIRS, seed=0))
         circuit.save(folder / "circuit")
-        faithful = discovery.faithfulness(run.model, circuit, run.task.pairs(PAIRS, seed=1))
-        faithful.save(folder / "faithfulness")
+        faithful = _faithfulness(run, circuit)
+        if faithful is not None:
+            faithful.save(folder / "faithfulness")
     figures = figure_data(run.model, run.task, run.metrics)
     write_json(folder / "figures.json", figures)
     return Analysis(verdict, circuit, faithful, figures)
+
+
+def _faithfulness(run: Run, circuit: Circuit) -> Faithfulness | None:
+    """How faithful the circuit is, None where the metric does not move when every edge is ablated."""
+    try:
+        return discovery.faithfulness(run.model, circuit, run.task.pairs(PAIRS, seed=1))
+    except BadInput as error:
+        print(f"no faithfulness curve: {error}")
+        return None
 
 
 def record(run: Planned, status: str, **values: Any) -> None:

@@ -19,9 +19,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Protocol, runtime_checkable
 
 from circuits.errors import CircuitsError, StorageError
 
@@ -44,6 +45,7 @@ RETRIES = 2
 _POLL_SECONDS = 0.5
 
 
+@runtime_checkable
 class Job(Protocol):
     """One piece of work: a unique name, a log file and a function that does it."""
 
@@ -88,9 +90,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def start_context() -> BaseContext:
+    """What starts processes: a fork server that runs already, or plain new interpreters where there is no fork."""
+    prepare()
+    return multiprocessing.get_context(_method())
+
+
+def _method() -> str:
+    return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+
+
 def prepare() -> None:
     """Start the fork server, which loads torch while the caller goes on; nothing where one runs already."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    if _method() != "forkserver":
         return
     from multiprocessing import forkserver, resource_tracker
 
@@ -109,9 +121,7 @@ def execute(
     A job whose process dies or raises is tried again ``RETRIES`` times; one that raises a ``CircuitsError``
     is not, because it would raise it again.
     """
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    prepare()
+    context = start_context()
     waiting = deque((job, 1) for job in jobs)
     active: list[Active] = []
     outcomes: list[Outcome] = []
@@ -138,9 +148,9 @@ def execute(
     return outcomes
 
 
-def _start(context: multiprocessing.context.BaseContext, job: Job, attempt: int) -> Active:
+def _start(context: BaseContext, job: Job, attempt: int) -> Active:
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(job, send), name=f"circuits-{job.id}", daemon=True)  # type: ignore[attr-defined]
+    process = context.Process(target=_work, args=(job, send), daemon=True)  # type: ignore[attr-defined]
     with _no_main_module():
         process.start()
     send.close()

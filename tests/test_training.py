@@ -1,0 +1,203 @@
+"""Training: deterministic, resumable bit for bit, honest about damage and divergence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+
+import pytest
+import torch
+
+from circuits import objectives, tasks, training
+from circuits.errors import BadInput, CorruptRun, Diverged, IncompatibleRun, StorageError, UnknownName
+from circuits.model import ModelConfig, Transformer
+from circuits.objectives import Recipe, Stage
+from circuits.runs import Run, list_runs, run_id
+from circuits.training.loop import learning_rate
+
+TASK = tasks.get("modular-addition", p=7, block=2, train_fraction=0.7)
+MODEL = ModelConfig(d_vocab=TASK.d_vocab, n_ctx=3, d_model=16, n_heads=2, d_mlp=24)
+STAGE = {"steps": 12, "batch_size": 8, "learning_rate": 1e-2, "warmup": 3, "cooldown": 0.3}
+
+
+PARAMETERS = {"banded": {"width": 3}}
+
+
+def recipe(name="answer", **fields):
+    objective = objectives.get(name, **PARAMETERS.get(name, {}))
+    return Recipe("tiny", (Stage(objective, **{**STAGE, **fields}),))
+
+
+def train(out, plan=None, **options):
+    return training.train(TASK, plan or recipe(), out=out, model=MODEL, progress=False, **options)
+
+
+def weights(run):
+    return {name: value.clone() for name, value in run.model.state_dict().items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_same_config_gives_the_same_run(tmp_path):
+    first, second = train(tmp_path / "a"), train(tmp_path / "b")
+    assert equal(weights(first), weights(second))
+    assert first.id == second.id == run_id(TASK, recipe(), 0, MODEL)
+    assert first.metrics.equals(second.metrics)
+    other = train(tmp_path / "c", seed=1)
+    assert not equal(weights(first), weights(other))
+    assert len(list_runs(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("name", sorted(objectives.OBJECTIVES))
+@pytest.mark.parametrize("stop", [1, 7, 11])
+def test_resume_is_bit_exact(tmp_path, monkeypatch, name, stop):
+    plan = Recipe("two", (*recipe(name).stages, *recipe("answer", steps=5).stages))
+    whole = train(tmp_path / "whole", plan)
+    inner = sys.modules["circuits.training.train"]
+    real = inner.steps
+
+    def interrupted(*args, **kwargs):
+        for update in real(*args, **kwargs):
+            yield update
+            if update.step == stop:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inner, "steps", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "cut", plan, save_every=-1.0)
+    with pytest.raises(CorruptRun, match="unfinished"):
+        Run.load(tmp_path / "cut")
+    resumed = train(tmp_path / "cut", plan, resume=True)
+    assert equal(weights(whole), weights(resumed))
+    assert whole.metrics.equals(resumed.metrics)
+    assert sorted(whole.checkpoints) == sorted(resumed.checkpoints)
+
+
+def test_initial_weights_and_data_do_not_depend_on_the_objective():
+    assert equal(Transformer(MODEL, seed=3).state_dict(), Transformer(MODEL, seed=3).state_dict())
+    assert torch.equal(operands_seen("answer"), operands_seen("reinforce"))
+
+
+def operands_seen(name):
+    """The operands of every batch that an objective is given."""
+    batches = []
+
+    class Spy(type(objectives.get(name))):
+        def loss(self, model, task, batch, *, generator):
+            batches.append(batch.operands)
+            return super().loss(model, task, batch, generator=generator)
+
+    list(training.steps(Transformer(MODEL), TASK, Recipe("spy", (Stage(Spy(), **STAGE),)), seed=5))
+    return torch.cat(batches)
+
+
+def test_learning_rate_schedule():
+    stage = Stage(objectives.get("answer"), steps=10, learning_rate=1.0, warmup=4, cooldown=0.3)
+    assert [learning_rate(stage, n) for n in range(10)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 0.3, 0.3, 0.3])
+
+
+def test_training_learns_a_small_table(tmp_path):
+    plan = recipe(steps=150, batch_size=None, learning_rate=1e-2)
+    run = train(tmp_path, plan, first_reaching=(0.01,), checkpoints=(50,))
+    assert run.metrics["accuracy_train"].iloc[-1] == 1.0
+    assert run.metrics["loss"].iloc[-1] < run.metrics["loss"].iloc[0] / 3
+    assert {50, 150} <= set(run.checkpoints)
+    assert training.accuracy(run.model, TASK, "train") == 1.0
+    assert "accuracy" in run._repr_html_()
+    assert run.figure().layout.title.text
+
+
+def test_stop_accuracy_ends_the_stage_early(tmp_path):
+    run = train(tmp_path, recipe(steps=100, stop_accuracy=0.0), evaluate_every=5)
+    assert run.metrics["step"].max() == 10
+
+
+def test_a_finished_run_is_returned_and_another_config_refused(tmp_path):
+    first = train(tmp_path)
+    before = (tmp_path / "manifest.json").stat().st_mtime_ns
+    assert train(tmp_path).id == first.id
+    assert (tmp_path / "manifest.json").stat().st_mtime_ns == before
+    with pytest.raises(IncompatibleRun, match="another configuration"):
+        train(tmp_path, seed=1)
+
+
+def test_divergence_names_step_and_checkpoint(tmp_path):
+    start = float(Transformer(MODEL).W_E.detach().abs().sum())
+
+    @dataclasses.dataclass(frozen=True)
+    class Bad(type(objectives.get("answer"))):
+        def loss(self, model, task, batch, *, generator):
+            found = super().loss(model, task, batch, generator=generator)
+            bad = float(model.W_E.detach().abs().sum()) != start
+            return objectives.Loss(found.value * (float("nan") if bad else 1.0))
+
+    with pytest.raises(Diverged, match="step 2"):
+        train(tmp_path, Recipe("bad", (Stage(Bad(), **STAGE),)), checkpoints=(1,))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["status"] == "diverged"
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "append", "remove"])
+def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
+    run = train(tmp_path)
+    file = run.checkpoints[max(run.checkpoints)]
+    data = bytearray(file.read_bytes())
+    if damage == "remove":
+        file.unlink()
+    else:
+        data[-9] ^= 1 if damage == "flip" else 0
+        file.write_bytes({"truncate": data[:-5], "flip": data, "append": data + b"x"}[damage])
+    with pytest.raises(CorruptRun, match="step-"):
+        _ = Run.load(tmp_path).model
+
+
+def test_other_versions_and_unknown_folders_are_refused(tmp_path):
+    train(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(IncompatibleRun, match="format 99"):
+        Run.load(tmp_path)
+    with pytest.raises(BadInput, match="not a run"):
+        Run.load(tmp_path / "nothing")
+
+
+def test_unwritable_output(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="choose another"):
+        train(tmp_path / "file" / "run")
+
+
+def test_a_full_disk_keeps_the_last_state(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="free some space"):
+        train(tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(UnknownName, match="did you mean 'answer'"):
+        training.train(TASK, "anwser", out=tmp_path, progress=False)
+    digits = tasks.get("digit-addition", digits=1, block=0.2)
+    with pytest.raises(BadInput, match="one token"):
+        training.train(digits, "value", out=tmp_path, progress=False)
+    with pytest.raises(BadInput, match="d_vocab"):
+        training.train(TASK, "answer", out=tmp_path, model=ModelConfig(d_vocab=3, n_ctx=3), progress=False)
+    with pytest.raises(BadInput, match="n_ctx"):
+        training.train(TASK, "answer", out=tmp_path, model=ModelConfig(d_vocab=8, n_ctx=2), progress=False)
+
+
+@pytest.mark.parametrize("name", sorted(tasks.TASKS))
+def test_defaults_fit_every_task(name):
+    task = tasks.get(name)
+    config = training.default_model(task)
+    assert (config.d_vocab, config.n_ctx) == (task.d_vocab, task.n_ctx)
+    training.default_recipe(task, objectives.get("answer")).check(task)

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from circuits import discovery, mechanisms, objectives, tasks
+from circuits import cli, discovery, mechanisms, objectives, tasks, training
 from circuits._io import canonical_json, config_id, from_json, to_json
 from circuits.errors import BadInput, UnknownName
+from circuits.model import Transformer
 
 TABLES: dict[str, dict[str, Any]] = {
     "task": tasks.TASKS,
@@ -131,3 +132,33 @@ def test_pairs_differ_only_in_the_prompt_and_change_the_answer(name: str) -> Non
     assert len(pairs) == 64
     assert bool((pairs.clean != pairs.corrupt).any(1).all())
     assert bool((pairs.correct != pairs.wrong).all())
+
+
+@pytest.mark.parametrize("task_name", tasks.TASKS)
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+def test_objective_reaches_every_matrix_or_says_why_not(name: str, task_name: str) -> None:
+    task, objective = tasks.get(task_name), objectives.get(name)
+    model = Transformer(training.default_model(task), seed=0)
+    batch = task.sample("train", 64, generator=torch.Generator().manual_seed(0))
+    try:
+        objective.check(task)
+    except BadInput as error:
+        assert task_name in str(error)
+        return
+    one, two = (objective.loss(model, task, batch, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(one.value, two.value)
+    assert bool(one.value.isfinite())
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    gradients = torch.autograd.grad(one.value, matrices)
+    assert all(bool(g.isfinite().all()) for g in gradients)
+    # Where no sample earns a reward there is nothing to learn from.
+    signal = float(one.metrics.get("reward", 1.0)) != 0
+    assert {bool((g != 0).any()) for g in gradients} == {signal}
+
+
+def test_the_command_line_lists_every_entry(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    for kind, table in TABLES.items():
+        assert set(listed[f"{kind}s"]) == set(table)
+        assert all(listed[f"{kind}s"].values()), "an entry has no first line"

@@ -128,7 +128,8 @@ def test_keyboard_reaches_the_evidence_and_the_theme(browser, page_file):
     link.focus()
     page.keyboard.press("Enter")
     page.locator("details.card[open]").first.wait_for(timeout=5000)
-    page.locator("details.card[open] .plot svg").first.wait_for(state="attached", timeout=5000)
+    page.locator("details.card[open] .plot").first.scroll_into_view_if_needed()
+    page.locator("details.card[open] .plot svg.main-svg").first.wait_for(state="attached", timeout=15000)
     assert problems == []
     page.close()
 

@@ -71,12 +71,13 @@ def r_squared(true: Float[Tensor, "rows n"], predicted: Float[Tensor, "rows n"])
 
 
 def hinge_features(operands: Int[Tensor, "rows 2"], n: int) -> Float[Tensor, "rows features"]:
-    """relu(x - t) for x in a, b, a+b, a-b and thresholds t over its range (at most 64 each)."""
+    """relu(x - t) and relu(t - x) for x in a, b, a+b, a-b and thresholds t over its range (at most 64 each)."""
     a, b = operands[:, 0].float(), operands[:, 1].float()
     columns = []
     for x, low, high in ((a, 0, n), (b, 0, n), (a + b, 0, 2 * n), (a - b, -n, n)):
         thresholds = torch.linspace(low, high - 1, min(64, high - low), device=a.device).round().unique()
-        columns.append(torch.relu(x[:, None] - thresholds[None, :]))
+        above = x[:, None] - thresholds[None, :]
+        columns += [torch.relu(above), torch.relu(-above)]
     return torch.cat(columns, dim=1)
 
 

@@ -141,7 +141,8 @@ def rectangles(model: Any, task: Task, *, seed: int = 0, readings: Readings | No
     if bool(crisp.any()):
         details |= _causal(model, task, readings, top, crisp, [f[1] for f in fits])
         details |= edge_grid([f[1] for f, c in zip(fits, crisp.tolist(), strict=True) if c], n)
-        passed = share >= 0.5 and details["idealised"] >= details["accuracy"] - 0.05 and details["ablated"] <= 0.7
+        real = share >= 0.5 and float((null > 0.8).float().mean()) <= 0.1
+        passed = real and details["idealised"] >= details["accuracy"] - 0.05 and details["ablated"] <= 0.7
     effective = max(1, int(1 / float(weight.square().sum())))
     return Evidence(
         test="rectangles",
@@ -149,7 +150,7 @@ def rectangles(model: Any, task: Task, *, seed: int = 0, readings: Readings | No
         interval=wilson_interval(round(share * effective), effective),
         control=float((null > 0.8).float().mean()),
         control_name="operands renamed at random",
-        threshold="share >= 0.50, accuracy survives idealisation (-0.05), ablation leaves <= 0.70",
+        threshold="share >= 0.50, renamed <= 0.10, accuracy survives idealisation (-0.05), ablation leaves <= 0.70",
         passed=passed,
         details=details,
         source="Nikankin et al. 2025, arXiv 2410.21272; idealisation is ours",

@@ -29,6 +29,9 @@ MEANINGS = {
     "not-learned": "The trained pairs are not answered rightly, so there is no mechanism to name.",
 }
 
+SPLIT_COLOUR = VERDICT_COLOURS["undetermined"]
+"""Edge of a section whose seeds disagree."""
+
 
 class Figures:
     """Collects figures; each gets an id of ours and becomes one JSON script of the page."""
@@ -109,19 +112,26 @@ def _cell(group: pd.DataFrame | None, cell: str, recipe: str) -> dict[str, Any] 
     done = group[group["status"] == "done"]
     if done.empty:
         return {"label": None, "text": ", ".join(sorted(set(group["status"]))), "anchor": anchor(cell, recipe)}
-    labels = Counter(done["label"]).most_common()
-    label, agreeing = labels[0]
+    chips = [_chip(str(label), n, done) for label, n in Counter(done["label"]).most_common()]
+    return {
+        "label": chips[0]["label"],
+        "colour": chips[0]["colour"] if len(chips) == 1 else SPLIT_COLOUR,
+        "chips": chips,
+        "agree": f"{len(done)} of {len(group)} seeds" if len(chips) == 1 else "seeds disagree",
+        "accuracy": _range(done["accuracy"]),
+        "block": _range(done["accuracy_block"]),
+        "anchor": anchor(cell, recipe),
+    }
+
+
+def _chip(label: str, count: int, done: pd.DataFrame) -> dict[str, Any]:
     mechanisms = sorted({str(m) for m in done.loc[done["label"] == label, "mechanism"].dropna()})
-    others = ", ".join(f"{name} {n}" for name, n in labels[1:])
     return {
         "label": label,
         "glyph": VERDICT_GLYPHS[label],
         "colour": VERDICT_COLOURS[label],
         "mechanism": " / ".join(mechanisms),
-        "agree": f"{agreeing} of {len(done)} seeds" + (f" ({others})" if others else ""),
-        "accuracy": _range(done["accuracy"]),
-        "block": _range(done["accuracy_block"]),
-        "anchor": anchor(cell, recipe),
+        "count": f"{count} of {len(done)}" if count < len(done) else "",
     }
 
 

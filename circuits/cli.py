@@ -5,6 +5,7 @@ Nothing here imports torch before a command runs, so that `circuits --help` answ
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -291,14 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"circuits: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = (
-            "the same command goes on where it stopped"
-            if arguments[:1] == ["study"]
-            else "nothing half-written is kept"
-        )
-        if arguments[:1] == ["train"]:
-            hint = "the same command with --resume goes on where it stopped"
-        print(f"\ncircuits: interrupted; {hint}", file=sys.stderr)
+        print(f"\ncircuits: interrupted{_GO_ON.get(arguments[0], '')}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # a reader such as `head` has gone; python would complain once more when it flushes at exit
@@ -306,21 +300,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+_TABLES = {
+    "references": ("reference", "REFERENCES"),
+    "tasks": ("tasks", "TASKS"),
+    "objectives": ("objectives", "OBJECTIVES"),
+    "methods": ("discovery", "METHODS"),
+    "tests": ("mechanisms", "TESTS"),
+}
+
+
 def _entries(kind: str) -> Mapping[str, str]:
     if kind == "presets":
         from circuits.study import PRESETS
 
         return {name: tomllib.loads(path.read_text(encoding="utf-8"))["title"] for name, path in PRESETS.items()}
-    if kind == "references":
-        from circuits.reference import REFERENCES as found
-    elif kind == "tasks":
-        from circuits.tasks import TASKS as found
-    elif kind == "objectives":
-        from circuits.objectives import OBJECTIVES as found
-    elif kind == "methods":
-        from circuits.discovery import METHODS as found
-    else:
-        from circuits.mechanisms import TESTS as found
+    module, table = _TABLES[kind]
+    found: Mapping[str, object] = getattr(importlib.import_module(f"circuits.{module}"), table)
     return {name: _first_line(thing) for name, thing in found.items()}
 
 
@@ -346,7 +341,8 @@ def _pairs(groups: Iterable[Iterable[str]]) -> dict[str, Any]:
 
 def _text(frame: pd.DataFrame) -> str:
     numbers = {name: f"{{:.{3}f}}".format for name in frame.select_dtypes("number") if frame[name].dtype.kind == "f"}
-    return frame.to_string(index=False, formatters=numbers, na_rep="-", max_colwidth=70)  # type: ignore[call-overload]
+    columns: Any = numbers
+    return frame.to_string(index=False, formatters=columns, na_rep="-", max_colwidth=70)
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -355,3 +351,7 @@ def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _print_json(value: object) -> None:
     print(json.dumps(value, indent=1, allow_nan=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -57,7 +57,7 @@ def test_same_config_gives_the_same_run(tmp_path):
 def test_resume_is_bit_exact(tmp_path, monkeypatch, name, stop):
     plan = Recipe("two", (*recipe(name).stages, *recipe("answer", steps=5).stages))
     whole = train(tmp_path / "whole", plan)
-    inner = sys.modules["circuits.training.train"]
+    inner = sys.modules["circuits.training.run_directory"]
     real = inner.steps
 
     def interrupted(*args, **kwargs):

@@ -61,7 +61,7 @@ def build(study: Study) -> dict[str, Any]:
         {"recipe": recipe, "cells": [_cell(groups.get((column, recipe)), column, recipe) for column in columns]}
         for recipe in rows
     ]
-    sections = [_section(study, cell, recipe, group, figures) for (cell, recipe), group in groups.items()]
+    sections = [_section(study, str(cell), str(recipe), group, figures) for (cell, recipe), group in groups.items()]
     by_cell = [{"cell": c, "sections": [s for s in sections if s["cell"] == c]} for c in columns]
     counts = Counter(done["label"])
     return {

@@ -49,6 +49,11 @@ class Planned:
         return " + ".join(stage.objective.name for stage in self.recipe.stages)
 
     @property
+    def steps(self) -> int:
+        """Updates at most, over all stages."""
+        return self.recipe.steps
+
+    @property
     def cost(self) -> float:
         """Estimated multiplications of the training, for the order of runs and the time left."""
         m = self.model

@@ -127,7 +127,7 @@ def _common(group: pd.DataFrame) -> str:
     return counts[0][0] if len(counts) == 1 else ", ".join(f"{name} x{count}" for name, count in counts)
 
 
-def _percent(row: Mapping[str, Any], column: str) -> str:
+def _percent(row: Mapping[Any, Any], column: str) -> str:
     if pd.isna(row[column]):
         return "-"
     low, high = row[f"{column}_low"], row[f"{column}_high"]

@@ -76,63 +76,71 @@ def train(
     if (done := _already(folder, config)) is not None:
         return done
     network, position, moments = _begin(folder, config, resume=resume)
-    goals = {float(g) for g in first_reaching} - _goals_reached(folder)
     stream = steps(network, task, recipe, seed=seed, evaluate_every=evaluate_every, start=(position, moments))
-    bar = _bar(recipe.steps, position.step, show=progress)
-    started = saved = time.monotonic()
-    tracker = _Tracker(recipe, position)
-    step = position.step
+    keeper = _Keeper(folder, recipe, position, checkpoints, first_reaching, save_every)
+    started = time.monotonic()
     try:
-        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as log:
+        with _bar(recipe.steps, position.step, show=progress) as bar:
             for update in stream:
-                step = update.step
-                tracker.follow(update)
+                keeper.follow(network, update)
                 bar.update(1)
                 if update.evaluated:
-                    with storage_errors(folder):
-                        log.write(
-                            json.dumps({"step": step, "stage": update.stage, "loss": update.loss, **update.metrics})
-                            + "\n"
-                        )
-                        log.flush()
-                    reached = {g for g in goals if update.metrics["accuracy_random"] >= g}
-                    goals -= reached
                     bar.set_postfix(loss=f"{update.loss:.3g}", accuracy=f"{update.metrics['accuracy_random']:.3f}")
-                    if reached:
-                        save(network, _checkpoint(folder, step))
-                if step in checkpoints:
-                    save(network, _checkpoint(folder, step))
-                if time.monotonic() - saved > save_every:
-                    save_state(folder, network, update.optimizer, tracker.position)
-                    saved = time.monotonic()
     except Diverged as error:
+        step = keeper.position.step + 1
         last = max((folder / "checkpoints").glob("step-*.safetensors"), default=None)
         where = f"last good checkpoint: {last}" if last else "no checkpoint was kept yet"
-        write_manifest(folder, config, status="diverged", step=step + 1)
-        raise Diverged(f"training diverged at step {step + 1}: {error}; {where}") from error
-    finally:
-        bar.close()
+        write_manifest(folder, config, status="diverged", step=step)
+        raise Diverged(f"training diverged at step {step}: {error}; {where}") from error
+    step = keeper.position.step
     save(network, _checkpoint(folder, step))
     write_manifest(folder, config, status="done", steps=step, seconds=time.monotonic() - started)
     (folder / STATE).unlink(missing_ok=True)
     return Run.load(folder)
 
 
-class _Tracker:
-    """Keeps the position that a saved state goes on from."""
+class _Keeper:
+    """Writes what a run keeps while it trains: metrics, checkpoints, and the state that it can go on from."""
 
-    def __init__(self, recipe: Recipe, position: Position) -> None:
-        self.recipe, self.position = recipe, position
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        position: Position,
+        checkpoints: Sequence[int],
+        first_reaching: Sequence[float],
+        save_every: float,
+    ) -> None:
+        self.folder, self.recipe, self.position = folder, recipe, position
+        self.checkpoints = frozenset(checkpoints)
+        best = _best_accuracy(folder)
+        self.goals = {float(goal) for goal in first_reaching if goal > best}
+        self.save_every, self.saved = save_every, time.monotonic()
 
-    def follow(self, update: Step) -> None:
-        """Count one update."""
+    def follow(self, network: Transformer, update: Step) -> None:
+        """Keep what is due after an update."""
+        self._count(update)
+        reached: set[float] = set()
+        if update.evaluated:
+            record = {"step": update.step, "stage": update.stage, "loss": update.loss, **update.metrics}
+            with storage_errors(self.folder), (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as log:
+                log.write(json.dumps(record) + "\n")
+            reached = {goal for goal in self.goals if update.metrics["accuracy_random"] >= goal}
+            self.goals -= reached
+        if reached or update.step in self.checkpoints:
+            save(network, _checkpoint(self.folder, update.step))
+        if time.monotonic() - self.saved > self.save_every:
+            save_state(self.folder, network, update.optimizer, self.position)
+            self.saved = time.monotonic()
+
+    def _count(self, update: Step) -> None:
         old = self.position
-        in_stage = old.in_stage + 1 if update.stage == old.stage else 1
-        streak = old.streak if update.stage == old.stage else 0
+        same = update.stage == old.stage
+        streak = old.streak if same else 0
         goal = self.recipe.stages[update.stage].stop_accuracy
         if update.evaluated:
             streak = streak + 1 if goal is not None and update.metrics["accuracy_random"] >= goal else 0
-        self.position = Position(update.step, update.stage, in_stage, streak)
+        self.position = Position(update.step, update.stage, old.in_stage + 1 if same else 1, streak)
 
 
 def _check_fits(task: Task, model: ModelConfig) -> None:
@@ -175,12 +183,10 @@ def _begin(folder: Path, config: RunConfig, *, resume: bool) -> tuple[Transforme
     return network, position, moments
 
 
-def _goals_reached(folder: Path) -> set[float]:
-    """Every goal up to the best accuracy logged so far, so that a resumed run does not keep it twice."""
-    best = -1.0
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        best = max(best, json.loads(line)["accuracy_random"])
-    return {g for g in FIRST_REACHING if g <= best}
+def _best_accuracy(folder: Path) -> float:
+    """The best accuracy logged so far, so that a resumed run does not keep a first reaching twice."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return max((json.loads(line)["accuracy_random"] for line in lines), default=-1.0)
 
 
 def _checkpoint(folder: Path, step: int) -> Path:

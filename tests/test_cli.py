@@ -1,0 +1,263 @@
+"""The command line: what it prints, and one line with exit code 2 for everything that a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from circuits import cli, discovery, mechanisms, objectives, tasks
+from circuits.runs import Run
+from circuits.study import PRESETS
+
+TINY = ["-p", "p=7", "block=2", "-s", "steps=20", "-m", "d_model=16", "n_heads=2"]
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """What the command says on standard error, which must be one line with exit code 2."""
+    assert cli.main([str(a) for a in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("circuits: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def output_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    assert cli.main([str(a) for a in arguments]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert cli.main(["train", "modular-addition", "answer", "--out", str(out), "--seed", "1", *TINY]) == 0
+    return out
+
+
+@pytest.fixture
+def copy(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+def test_train_makes_the_run_that_it_was_asked_for(trained: Path) -> None:
+    run = Run.load(trained)
+    assert run.task == tasks.get("modular-addition", p=7, block=2)
+    assert run.config.seed == 1
+    assert run.config.recipe.steps == 20
+    assert run.config.model.d_model == 16
+
+
+def test_explain_and_discover_a_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    verdict = json.loads(output_of(capsys, "explain", trained, "--json", "--out", tmp_path))
+    assert verdict["label"] in mechanisms.LABELS
+    assert mechanisms.Verdict.load(tmp_path).label == verdict["label"]
+    assert output_of(capsys, "explain", trained).startswith(verdict["label"])
+    found = json.loads(output_of(capsys, "discover", trained, "--pairs", "8", "--top", "3", "--json"))
+    assert len(found["edges"]) == 3
+    assert {"cpr", "cmd"} <= found.keys()
+    assert "CPR" in output_of(capsys, "discover", trained, "--pairs", "8", "--method", "eap", "--out", tmp_path / "c")
+    assert discovery.Circuit.load(tmp_path / "c").method == "eap"
+
+
+def test_list_names_everything_with_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    listed = json.loads(output_of(capsys, "list", "--json"))
+    assert listed.keys() == set(cli.KINDS)
+    assert listed["tasks"].keys() == tasks.TASKS.keys()
+    assert listed["objectives"].keys() == objectives.OBJECTIVES.keys()
+    assert listed["methods"].keys() == discovery.METHODS.keys()
+    assert listed["tests"].keys() == mechanisms.TESTS.keys()
+    assert listed["presets"].keys() == PRESETS.keys()
+    assert all(line for entries in listed.values() for line in entries.values())
+    assert "arithmetic-quick" in output_of(capsys, "list", "presets")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stdy"], "unknown command 'stdy': did you mean 'study'"),
+        (["list", "taks"], "unknown kind 'taks': did you mean 'tasks'"),
+        (["study", "arithmetic-quik", "--out", "x"], "did you mean 'arithmetic-quick'"),
+        (["study", "nowhere.toml", "--out", "x"], "nowhere.toml"),
+        (["study", "smoke", "--out", "x", "--shard", "3/2"], "shard = '3/2'"),
+        (["study", "smoke", "--out", "x", "--workers", "0"], "workers = 0"),
+        (["train", "modular-adition", "answer", "--out", "x"], "did you mean 'modular-addition'"),
+        (["train", "addition", "anwser", "--out", "x"], "unknown objective 'anwser': did you mean 'answer'"),
+        (["train", "addition", "answer", "--out", "x", "-p", "m=3"], "unknown parameter of addition 'm'"),
+        (["train", "addition", "reinforce", "--out", "x", "-o", "rewrd=exact"], "did you mean 'reward'"),
+        (["train", "addition", "reinforce", "--out", "x", "-o", "reward=exakt"], "did you mean 'exact'"),
+        (["train", "addition", "answer", "--out", "x", "-s", "stps=3"], "unknown key 'stps': did you mean 'steps'"),
+        (["train", "addition", "answer", "--out", "x", "-m", "d_modl=3"], "unknown key 'd_modl'"),
+        (["train", "addition", "answer", "--out", "x", "-p", "n"], "expected KEY=VALUE"),
+        (["train", "addition", "answer", "--out", "x", "-p", "n=3", "n=4"], "n is given twice"),
+        (["train", "modular-addition", "answer", "--out", "x", "-p", "p=54"], "p = 54"),
+        (["train", "modular-addition", "answer", "--out", "x", "-p", "p=seven"], "p = 'seven'"),
+        (["train", "addition", "answer", "--out", "x", "-p", "n=301"], "n = 301"),
+        (["train", "modular-addition", "answer", "--out", "x", "-p", "p=7", "block=8"], "block = 8"),
+        (["train", "digit-addition", "value", "--out", "x"], "one token"),
+        (["explain", "nowhere"], "nowhere"),
+        (["discover", "nowhere"], "nowhere"),
+        (["report", "nowhere"], "nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_names_and_values_give_one_line(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in error_of(capsys, *arguments)
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_a_method_that_does_not_exist(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean 'eap'" in error_of(capsys, "discover", trained, "--method", "eapp")
+
+
+def checkpoint(run: Path) -> Path:
+    return sorted(run.glob("checkpoints/*.safetensors"))[-1]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "nan"])
+def test_a_damaged_checkpoint_is_refused(damage: str, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = checkpoint(copy)
+    data = bytearray(path.read_bytes())
+    if damage == "truncate":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "flip":
+        data[-5] ^= 4
+        path.write_bytes(data)
+    elif damage == "remove":
+        path.unlink()
+    else:
+        # the hashes of a NaN model that somebody saved are right: its values give it away
+        from safetensors import safe_open
+        from safetensors.torch import load_file, save_file
+
+        with safe_open(path, "pt") as stored:
+            metadata = stored.metadata()
+        tensors = load_file(path)
+        tensors["embed.W_E"][0, 0] = torch.nan
+        save_file(tensors, path, metadata)
+    for command in ("explain", "discover"):
+        assert str(path.name) in error_of(capsys, command, copy)
+
+
+def test_a_nan_in_a_model_with_right_hashes_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import hashlib
+
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = checkpoint(copy)
+    with safe_open(path, "pt") as stored:
+        metadata = stored.metadata()
+    tensors = load_file(path)
+    tensors["embed.W_E"][0, 0] = torch.nan
+    before = hashlib.sha256(path.read_bytes()).hexdigest()
+    size = path.stat().st_size
+    save_file(tensors, path, metadata)
+    manifest = copy / "manifest.json"
+    text = manifest.read_text().replace(before, hashlib.sha256(path.read_bytes()).hexdigest())
+    manifest.write_text(text.replace(str(size), str(path.stat().st_size)))
+    assert "NaN" in error_of(capsys, "explain", copy) or "finite" in error_of(capsys, "explain", copy)
+
+
+def test_a_run_of_another_version_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = copy / "manifest.json"
+    data = json.loads(manifest.read_text())
+    (key,) = [name for name in data if name in ("format", "schema", "version")]
+    manifest.write_text(json.dumps({**data, key: 99}))
+    assert "99" in error_of(capsys, "explain", copy)
+
+
+def test_an_unfinished_run_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "manifest.json").unlink()
+    assert "resume" in error_of(capsys, "explain", copy)
+
+
+@pytest.mark.parametrize("command", [["study", "smoke"], ["train", "modular-addition", "answer", *TINY]], ids=str)
+def test_an_output_directory_that_cannot_be_written(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert "choose another output directory" in error_of(capsys, *command, "--out", tmp_path / "file" / "x")
+
+
+def test_a_full_disk_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    def full(self: object, flags: int = 0) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    out = tmp_path / "run"
+    message = error_of(capsys, "train", "modular-addition", "answer", "--out", out, *TINY)
+    assert "No space left" in message
+    assert "free some space" in message
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["study", "--help"], ["train", "--help"]], ids=" ".join)
+def test_help_says_what_there_is(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert not end.value.code
+    assert "usage: circuits" in capsys.readouterr().out
+
+
+def test_help_answers_in_half_a_second() -> None:
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "circuits.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.5
+
+
+def test_a_missing_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["study", "smoke"])
+    assert end.value.code == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_ctrl_c_stops_a_study_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "circuits.cli", "study", "smoke", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        command, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("runs/*/config.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the study, its server and its workers alike
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert err.rstrip().endswith("circuits: interrupted: the same command goes on where it stopped")
+
+
+def test_the_other_distribution_of_this_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "circuits-3.2.5.dist-info").mkdir()
+    process = subprocess.run(
+        [sys.executable, "-c", "import circuits"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1
+    assert "circuits-3.2.5" in process.stderr
+    assert "pip uninstall circuits" in process.stderr

@@ -395,7 +395,9 @@ def save(model: Transformer, path: Path | str) -> str:
     """
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     config = _io.canonical_json(model.config)
-    metadata = {"format": FORMAT, "config": config, "sha256": _digest(config, tensors)}
+    facts = {"format": FORMAT, "config": config, "sha256": _digest(config, tensors)}
+    # one entry: safetensors writes several in an order that differs from process to process
+    metadata = {"circuits": json.dumps(facts, sort_keys=True)}
     return _io.atomic_write(path, safetensors.torch.save(tensors, metadata))
 
 
@@ -410,7 +412,7 @@ def load(path: Path | str, *, sha256: str | None = None) -> Transformer:
     try:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        metadata = header["__metadata__"]
+        metadata = json.loads(header["__metadata__"]["circuits"])
         written, config, digest = metadata["format"], metadata["config"], metadata["sha256"]
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CorruptRun(f"{path} is not a whole model file of circuits: {error}") from error

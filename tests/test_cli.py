@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from circuits import cli, discovery, mechanisms, objectives, tasks
+from circuits.model import load, save
 from circuits.runs import Run
 from circuits.study import PRESETS
 
@@ -81,6 +83,7 @@ def test_list_names_everything_with_a_line_of_its_own(capsys: pytest.CaptureFixt
     assert "arithmetic-quick" in output_of(capsys, "list", "presets")
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -156,23 +159,16 @@ def test_a_damaged_checkpoint_is_refused(damage: str, copy: Path, capsys: pytest
 
 
 def test_a_nan_in_a_model_with_right_hashes_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import hashlib
-
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
     path = checkpoint(copy)
-    with safe_open(path, "pt") as stored:
-        metadata = stored.metadata()
-    tensors = load_file(path)
-    tensors["embed.W_E"][0, 0] = torch.nan
-    before = hashlib.sha256(path.read_bytes()).hexdigest()
-    size = path.stat().st_size
-    save_file(tensors, path, metadata)
+    before = path.read_bytes()
+    model = load(path)
+    with torch.no_grad():
+        model.embed.W_E[0, 0] = torch.nan
+    after = save(model, path)
     manifest = copy / "manifest.json"
-    text = manifest.read_text().replace(before, hashlib.sha256(path.read_bytes()).hexdigest())
-    manifest.write_text(text.replace(str(size), str(path.stat().st_size)))
-    assert "NaN" in error_of(capsys, "explain", copy) or "finite" in error_of(capsys, "explain", copy)
+    text = manifest.read_text().replace(hashlib.sha256(before).hexdigest(), after)
+    manifest.write_text(text.replace(str(len(before)), str(path.stat().st_size)))
+    assert "NaN" in error_of(capsys, "explain", copy)
 
 
 def test_a_run_of_another_version_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,7 +243,7 @@ def test_ctrl_c_stops_a_study_cleanly_and_says_how_to_go_on(tmp_path: Path) -> N
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert err.rstrip().endswith("circuits: interrupted: the same command goes on where it stopped")
+    assert "circuits: interrupted: the same command goes on where it stopped" in err
 
 
 def test_the_other_distribution_of_this_name_is_refused(tmp_path: Path) -> None:

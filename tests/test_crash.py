@@ -156,9 +156,10 @@ class Driver:
 def driver() -> Iterator[Driver]:
     driver = Driver()
     yield driver
-    assert driver.process.stdin
+    assert driver.process.stdin and driver.process.stdout
     driver.process.stdin.close()
     driver.process.wait()
+    driver.process.stdout.close()
 
 
 @dataclass(frozen=True)

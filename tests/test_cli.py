@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -216,12 +217,11 @@ def test_help_says_what_there_is(arguments: list[str], capsys: pytest.CaptureFix
 
 
 def test_help_answers_in_half_a_second() -> None:
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "circuits.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 0.5
+    # of processor time: the clock on the wall says what else the machine is doing
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "circuits.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 0.5
 
 
 def test_a_missing_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:

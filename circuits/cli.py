@@ -122,6 +122,7 @@ def train(
     }
     from circuits.study.grid import single
 
+    _one_thread()
     built, recipe, config = single(toml, where="circuits train")
     run = circuits.train(built, recipe, seed=seed, out=out, model=config, resume=resume)
     last = {key: value for key, value in _records(run.metrics.tail(1))[0].items() if value is not None}
@@ -164,6 +165,7 @@ def discover(
     from circuits import discovery
     from circuits.runs import Run
 
+    _one_thread()
     loaded = Run.load(run)
     examples = loaded.task.pairs(pairs, seed=seed, change=change)
     circuit = discovery.attribute(loaded.model, examples, method=method)
@@ -198,6 +200,7 @@ def explain(
     from circuits import mechanisms
     from circuits.runs import Run
 
+    _one_thread()
     loaded = Run.load(run)
     verdict = mechanisms.explain(loaded.model, loaded.task, seed=seed, progress=sys.stderr.isatty())
     if out is not None:
@@ -307,6 +310,13 @@ _TABLES = {
     "methods": ("discovery", "METHODS"),
     "tests": ("mechanisms", "TESTS"),
 }
+
+
+def _one_thread() -> None:
+    """Keep torch to one thread: on networks this small more of them wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _entries(kind: str) -> Mapping[str, str]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from circuits import cli, discovery, mechanisms, objectives, tasks
 from circuits.model import load, save
 from circuits.runs import Run
 from circuits.study import PRESETS
+from circuits.study.grid import single
+from circuits.training import default_model, default_recipe
 
 TINY = ["-p", "p=7", "block=2", "-s", "steps=20", "-m", "d_model=16", "n_heads=2"]
 
@@ -58,6 +61,14 @@ def test_train_makes_the_run_that_it_was_asked_for(trained: Path) -> None:
     assert run.config.seed == 1
     assert run.config.recipe.steps == 20
     assert run.config.model.d_model == 16
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_train_takes_what_the_library_takes_for_an_objective_alone(name: str) -> None:
+    empty: dict[str, Any] = {"stage": {}, "model": {}}
+    task, recipe, model = single({"task": {"name": name}, "objective": {"name": "answer"}, **empty}, where="here")
+    assert recipe == default_recipe(task, objectives.get("answer"))
+    assert model == default_model(task)
 
 
 def test_explain_and_discover_a_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

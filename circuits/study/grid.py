@@ -151,11 +151,20 @@ def _model(task: Task, overrides: _Table, where: str) -> ModelConfig:
 def single(toml: _Table, *, where: str) -> tuple[Task, Recipe, ModelConfig]:
     """One run's task, recipe and model from tables ``task``, ``objective``, ``stage`` and ``model``.
 
+    What ``stage`` leaves open is as in ``training.default_recipe``, so that a name alone means the same here and there.
+
     Raises:
         BadInput: a name or key that does not exist, or a value that cannot be used.
     """
     task = _named(toml["task"], "task", tasks.get, where)
-    recipe = {"name": toml["objective"]["name"], "stages": [{"objective": toml["objective"], **toml["stage"]}]}
+    usual = training.default_recipe(task, objectives.get("answer")).stages[0]
+    open_fields = {
+        field.name: getattr(usual, field.name)
+        for field in dataclasses.fields(Stage)
+        if field.name != "objective" and getattr(usual, field.name) != field.default
+    }
+    stage = {"objective": toml["objective"], **open_fields, **toml["stage"]}
+    recipe = {"name": toml["objective"]["name"], "stages": [stage]}
     _check_keys(toml["model"], _MODEL_FIELDS, where=f"{where}, model")
     return task, _recipe(recipe, {}, task, where), _model(task, toml["model"], where)
 

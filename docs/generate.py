@@ -20,7 +20,7 @@ from typing import Any
 import plotly
 import plotly.io
 
-from circuits import cli, discovery, mechanisms, objectives, study, tasks
+from circuits import cli, discovery, mechanisms, objectives, reference, study, tasks
 
 PLOTLY_SCRIPT = "plotly.min.js"
 PLOTLY_OUTPUT = "application/vnd.plotly.v1+json"
@@ -70,6 +70,14 @@ TABLES = (
         mechanisms,
         mechanisms.TESTS,
         'evidence = cx.mechanisms.TESTS["{name}"](model, task, seed=0)',
+    ),
+    Table(
+        "references",
+        "Reference models",
+        "A reference model's mechanism is known by construction: the tests of mechanisms are held to it.",
+        reference,
+        reference.REFERENCES,
+        'model, task, truth = cx.reference.build("{name}", seed=0)',
     ),
 )
 

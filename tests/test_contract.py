@@ -1,4 +1,4 @@
-"""What holds for every entry of TASKS, OBJECTIVES, METHODS and TESTS: a new line in a dict is tested by these."""
+"""What holds for every entry of the dicts: a new line in one of them is tested by these."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from circuits import cli, discovery, mechanisms, objectives, tasks, training
+from circuits import cli, discovery, mechanisms, objectives, reference, tasks, training
 from circuits._io import canonical_json, config_id, from_json, to_json
 from circuits.errors import BadInput, UnknownName
 from circuits.model import Transformer
@@ -21,6 +21,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "objective": objectives.OBJECTIVES,
     "method": discovery.METHODS,
     "test": mechanisms.TESTS,
+    "reference": reference.REFERENCES,
 }
 ENTRIES = [pytest.param(kind, name, id=f"{kind}-{name}") for kind, table in TABLES.items() for name in table]
 CONFIGURED = [p for p in ENTRIES if p.values[0] in ("task", "objective")]

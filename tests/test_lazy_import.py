@@ -63,11 +63,3 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
     with pytest.raises(AttributeError, match="no_such_thing"):
         circuits.no_such_thing  # noqa: B018
-
-
-def test_the_other_distribution_named_circuits_is_refused(tmp_path) -> None:
-    (tmp_path / "circuits-3.2.5.dist-info").mkdir()
-    code = f"import sys; sys.path.append({str(tmp_path)!r}); import circuits"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert "pip uninstall circuits" in done.stderr.splitlines()[-1]

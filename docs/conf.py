@@ -27,7 +27,7 @@ templates_path: list[str] = []
 html_theme = "furo"
 html_title = "circuits"
 # The notebook's figures are drawn by the plotly that is installed: a build and its pages need no network.
-html_static_path = ["_static", "generated/static"]
+html_static_path = ["generated/static"]
 
 nb_execution_mode = "off"  # outputs are kept in the notebook, which the test suite executes
 myst_enable_extensions = ["colon_fence"]

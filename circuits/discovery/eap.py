@@ -12,8 +12,8 @@ from circuits.tasks.base import Pairs
 def eap(
     model: HookedModel,
     pairs: Pairs,
-    *,
     metric: Metric = logit_difference,
+    *,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:

@@ -12,9 +12,9 @@ from circuits.tasks.base import Pairs
 def eap_ig_inputs(
     model: HookedModel,
     pairs: Pairs,
+    metric: Metric = logit_difference,
     *,
     steps: int = 5,
-    metric: Metric = logit_difference,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -28,8 +28,8 @@ def eap_ig_inputs(
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
         pairs: Clean and corrupt inputs.
-        steps: Points on the path.
         metric: One number per pair from the logits at its position; ``logit_difference`` unless given.
+        steps: Points on the path.
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         progress: Whether to show a bar.
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def node_attribution(
     model: HookedModel,
     pairs: Pairs,
+    metric: Metric = logit_difference,
     *,
     steps: int = 5,
-    metric: Metric = logit_difference,
     batch_size: int | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -32,8 +32,8 @@ def node_attribution(
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
         pairs: Clean and corrupt inputs.
-        steps: Points on the path from the corrupt to the clean token embeddings.
         metric: One number per pair from the logits at its position; ``logit_difference`` unless given.
+        steps: Points on the path from the corrupt to the clean token embeddings.
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         seed: Of the bootstrap.
 

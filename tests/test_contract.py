@@ -81,12 +81,12 @@ def test_get_accepts_underscores_and_names_the_nearest(kind: str, name: str) -> 
         get(kind, name, no_such_parameter=1)
 
 
-@pytest.mark.parametrize("kind", ["method", "test"])
-def test_arguments_after_the_first_two_are_keywords(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "leading"), [("method", ["model", "pairs", "metric"]), ("test", ["model", "task"])])
+def test_options_are_keywords(kind: str, leading: list[str]) -> None:
     for name, function in TABLES[kind].items():
         parameters = list(inspect.signature(function).parameters.values())
-        assert len(parameters) >= 2, name
-        assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters[2:]), name
+        assert [p.name for p in parameters[: len(leading)]] == leading, name
+        assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters[len(leading) :]), name
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)

@@ -17,7 +17,7 @@ from circuits.errors import CorruptRun
 from circuits.mechanisms import TESTS, VERSION, Evidence, rule_table
 from circuits.plots import fourier_figure, neuron_figure, training_figure
 from circuits.study import tables
-from circuits.study.analyse import Analysis
+from circuits.study.analyse import MATCHED, Analysis
 from circuits.study.study import Study
 
 MEANINGS = {
@@ -70,6 +70,8 @@ def build(study: Study) -> dict[str, Any]:
         "headline": _headline(table, counts),
         "columns": columns,
         "matrix": matrix,
+        "matched_accuracy": f"{MATCHED:.0%}",
+        "matched": [row for key, group in groups.items() if (row := _matched(group, str(key[0]), str(key[1])))],
         "by_cell": by_cell,
         "legend": [
             {"label": k, "glyph": VERDICT_GLYPHS[k], "colour": VERDICT_COLOURS[k], "meaning": MEANINGS[k]}
@@ -121,6 +123,24 @@ def _cell(group: pd.DataFrame | None, cell: str, recipe: str) -> dict[str, Any] 
         "accuracy": _range(done["accuracy"]),
         "block": _range(done["accuracy_block"]),
         "anchor": anchor(cell, recipe),
+    }
+
+
+def _matched(group: pd.DataFrame, cell: str, recipe: str) -> dict[str, Any] | None:
+    """Return a row of the comparison at matched accuracy, None where no seed reached it."""
+    done = group[group["status"] == "done"]
+    reached = done[done["matched_label"].notna()].drop(columns=["label", "mechanism"])
+    if reached.empty:
+        return None
+    reached = reached.rename(columns={"matched_label": "label", "matched_mechanism": "mechanism"})
+    first, last = int(reached["matched_steps"].min()), int(reached["matched_steps"].max())
+    return {
+        "cell": cell,
+        "recipe": recipe,
+        "seeds": f"{len(reached)} of {len(done)}",
+        "steps": f"{first}" if first == last else f"{first} to {last}",
+        "accuracy": _range(reached["matched_accuracy"]),
+        "chips": [_chip(str(label), n, reached) for label, n in Counter(reached["label"]).most_common()],
     }
 
 

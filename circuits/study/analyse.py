@@ -20,9 +20,12 @@ from circuits.runs import Run
 from circuits.study.figure_data import figure_data
 from circuits.study.plan import Planned
 
-FORMAT = 1
+FORMAT = 2
 PAIRS = 128
 """Clean and corrupt pairs that score the edges; as many others measure how faithful the circuit is."""
+MATCHED = 0.9
+"""Accuracy on pairs held out at random at which recipes are compared besides their ends: training keeps the first
+checkpoint that reaches it."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ def complete(run: Planned) -> None:
         return
     seconds = time.perf_counter() - started
     analyse(trained, run.analysis)
-    record(run, "done", steps=int(trained.metrics["step"].max()), seconds=seconds)
+    steps = int(trained.metrics["step"].max())
+    record(run, "done", steps=steps, seconds=seconds, matched_steps=matched_step(trained))
 
 
 def analyse(run: Run, folder: Path) -> Analysis:
@@ -85,6 +89,8 @@ def analyse(run: Run, folder: Path) -> Analysis:
     make_directory(folder)
     verdict = mechanisms.explain(run.model, run.task)
     verdict.save(folder)
+    if (step := matched_step(run)) is not None:
+        mechanisms.explain(run.checkpoint(step), run.task).save(make_directory(folder / "matched"))
     circuit = faithful = None
     if verdict.label != "not-learned":
         circuit = discovery.attribute(run.model, run.task.pairs(PAIRS, seed=0))
@@ -95,6 +101,13 @@ def analyse(run: Run, folder: Path) -> Analysis:
     figures = figure_data(run.model, run.task, run.metrics)
     write_json(folder / "figures.json", figures)
     return Analysis(verdict, circuit, faithful, figures)
+
+
+def matched_step(run: Run) -> int | None:
+    """The step of the first checkpoint with the accuracy ``MATCHED``; None if that was never reached."""
+    reached = run.metrics.loc[run.metrics["accuracy_random"] >= MATCHED, "step"]
+    steps = [step for step in run.checkpoints if len(reached) and step >= reached.min()]
+    return min(steps, default=None)
 
 
 def _faithfulness(run: Run, circuit: Circuit) -> Faithfulness | None:
@@ -131,15 +144,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if current else None
 
 
-def read_verdict(folder: Path, manifest: Mapping[str, Any]) -> Verdict:
-    """The verdict of an analysis.
+def read_verdict(folder: Path, manifest: Mapping[str, Any], *, matched: bool = False) -> Verdict:
+    """The verdict of an analysis, or the one at matched accuracy.
 
     Raises:
         CorruptRun: it is missing or was altered.
     """
-    if sha256_file(folder / "verdict.json") != manifest["files"].get("verdict.json"):
-        raise CorruptRun(f"{folder / 'verdict.json'} was altered: delete {folder} and run the study again")
-    return Verdict.load(folder)
+    name = "matched/verdict.json" if matched else "verdict.json"
+    if sha256_file(folder / name) != manifest["files"].get(name):
+        raise CorruptRun(f"{folder / name} was altered: delete {folder} and run the study again")
+    return Verdict.load((folder / name).parent)
 
 
 def is_complete(run: Planned) -> bool:

@@ -119,6 +119,8 @@ def _row(run: Planned) -> dict[str, Any]:
     row |= {key: manifest.get(key) for key in ("status", "steps", "seconds")}
     if manifest["status"] == "done":
         row |= tables.verdict_columns(read_verdict(run.analysis, manifest))
+        if manifest["matched_steps"] is not None:
+            row |= tables.matched_columns(read_verdict(run.analysis, manifest, matched=True), manifest["matched_steps"])
     return row
 
 

@@ -28,11 +28,16 @@ DTYPES = {
     "accuracy_train": "Float64",
     "steps": "Int64",
     "seconds": "Float64",
+    "matched_label": "string",
+    "matched_mechanism": "string",
+    "matched_accuracy": "Float64",
+    "matched_steps": "Int64",
     "why": "string",
     **{column: "Float64" for test in TESTS for column in (test, f"{test}_low", f"{test}_high")},
     "run_id": "string",
 }
-"""Columns of ``results.parquet`` in order. Accuracies are shares; ``accuracy`` is on pairs held out at random."""
+"""Columns of ``results.parquet`` in order. Accuracies are shares; ``accuracy`` is on pairs held out at random.
+The columns ``matched_`` are of the first checkpoint that reached the accuracy at which recipes are compared."""
 
 
 def results(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -53,6 +58,17 @@ def verdict_columns(verdict: Verdict) -> dict[str, Any]:
         row |= {"accuracy": details.get("random"), "accuracy_train": details.get("train")}
         row["accuracy_block"] = details.get("block")
     return row
+
+
+def matched_columns(verdict: Verdict, steps: int) -> dict[str, Any]:
+    """What the verdict at matched accuracy adds to a run's row."""
+    accuracy = verdict["accuracy-gate"].details.get("random")
+    return {
+        "matched_label": verdict.label,
+        "matched_mechanism": verdict.mechanism,
+        "matched_accuracy": accuracy,
+        "matched_steps": steps,
+    }
 
 
 def write(table: pd.DataFrame, path: Path) -> None:

@@ -10,13 +10,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from circuits.discovery.circuit import Circuit
+from circuits.discovery.completeness import Completeness, completeness, minimality
 from circuits.discovery.curves import Faithfulness
 from circuits.discovery.eap import eap
 from circuits.discovery.eap_ig_inputs import eap_ig_inputs
+from circuits.discovery.edge_accuracy import EdgeAccuracy, edge_accuracy
 from circuits.discovery.evaluate import MIB_SHARES, ablated_metric, faithfulness
 from circuits.discovery.graph import Graph
+from circuits.discovery.hypothesis_tests import CircuitTests, HypothesisTest, hypothesis_tests
 from circuits.discovery.metrics import log_probability, logit_difference
 from circuits.discovery.nodes import node_attribution
+from circuits.discovery.random_circuits import random_circuits
+from circuits.discovery.stability import Stability, stability
 from circuits.errors import UnknownName
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
@@ -25,16 +30,27 @@ __all__ = [
     "METHODS",
     "MIB_SHARES",
     "Circuit",
+    "CircuitTests",
+    "Completeness",
+    "EdgeAccuracy",
     "Faithfulness",
     "Graph",
+    "HypothesisTest",
+    "Stability",
     "ablated_metric",
     "attribute",
+    "completeness",
     "eap",
     "eap_ig_inputs",
+    "edge_accuracy",
     "faithfulness",
+    "hypothesis_tests",
     "log_probability",
     "logit_difference",
+    "minimality",
     "node_attribution",
+    "random_circuits",
+    "stability",
 ]
 
 METHODS: Mapping[str, Callable[..., Circuit]] = {"eap": eap, "eap-ig-inputs": eap_ig_inputs}

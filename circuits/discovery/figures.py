@@ -12,6 +12,7 @@ import circuits._style  # noqa: F401  (registers the template)
 
 if TYPE_CHECKING:
     from circuits.discovery.circuit import Circuit
+    from circuits.discovery.completeness import Completeness
     from circuits.discovery.curves import Faithfulness
 
 SUPPORTS, OPPOSES, NEUTRAL = "#1f77b4", "#d1495b", "#7a7f87"
@@ -199,6 +200,41 @@ def draw_faithfulness(result: Faithfulness) -> go.Figure:
         xaxis={"title": f"edges kept (share of {result.n_edges})", "range": [0, 1.01]},
         # Intervals may be as wide as they like; the curve decides what is shown.
         yaxis={"title": f"share of the {result.metric} gap recovered", "range": [low - 0.1, high + 0.2]},
+        legend={"orientation": "h", "y": -0.2, "yanchor": "top"},
+    )
+    return figure
+
+
+def draw_completeness(result: Completeness) -> go.Figure:
+    """Return the knocked-out circuit's metric against the knocked-out model's: a complete circuit is on the line."""
+    names = {
+        "none": ("nothing removed", "circle"),
+        "random": ("random half of the circuit removed", "circle-open"),
+        "greedy": ("removed greedily to set them apart", "diamond"),
+        "circuit": ("the whole circuit removed", "x"),
+    }
+    frame = result.knockouts
+    low = min(0.0, *frame["of_circuit"], *frame["of_model"]) - 0.05
+    high = max(1.0, *frame["of_circuit"], *frame["of_model"]) + 0.05
+    line = {"dash": "dash", "width": 1, "color": NEUTRAL}
+    figure = go.Figure(go.Scatter(x=[low, high], y=[low, high], mode="lines", line=line, name="complete"))
+    for kind, (name, symbol) in names.items():
+        part = frame[frame["kind"] == kind]
+        figure.add_scatter(
+            x=part["of_model"],
+            y=part["of_circuit"],
+            mode="markers",
+            name=name,
+            marker={"size": 9, "symbol": symbol, "color": OPPOSES if kind == "greedy" else SUPPORTS},
+            customdata=part[["n_removed", "incompleteness"]],
+            hovertemplate="%{customdata[0]} edges removed<br>incompleteness %{customdata[1]:.3f}<extra></extra>",
+        )
+    figure.update_layout(
+        template="circuits",
+        title=f"Completeness: largest gap {result.score:.2f}"
+        f"<br><sup>{result.n_edges} edges, {result.n_pairs} pairs</sup>",
+        xaxis={"title": f"model without the edges (share of the {result.metric} gap)", "range": [low, high]},
+        yaxis={"title": "circuit without the edges (same unit)", "range": [low, high]},
         legend={"orientation": "h", "y": -0.2, "yanchor": "top"},
     )
     return figure

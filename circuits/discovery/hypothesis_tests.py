@@ -1,0 +1,298 @@
+"""Five hypothesis tests of a circuit: is it equivalent, responsible, minimal, sufficient, necessary?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from circuits.discovery.circuit import Circuit
+from circuits.discovery.evaluate import ablated_metric
+from circuits.discovery.graph import Graph
+from circuits.discovery.metrics import Metric, logit_difference
+from circuits.discovery.random_circuits import random_circuits, random_path
+from circuits.errors import BadInput
+from circuits.model import HookedModel
+from circuits.tasks.base import Pairs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class HypothesisTest:
+    """One test: what was assumed, and how surprising the data are if it holds."""
+
+    name: str
+    null: str
+    statistic: float
+    p_value: float
+    p_adjusted: float
+    """After Holm's correction over all tests of the circuit, the minimality test of every edge counting as one."""
+    rejected: bool
+    wanted: str
+    """What a good circuit does: ``rejected`` or ``kept``."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the outcome is the one that a good circuit gives. A null that is kept is not thereby proved."""
+        return self.rejected == (self.wanted == "rejected")
+
+
+@dataclass(frozen=True, eq=False)
+class CircuitTests:
+    """The tests of a circuit, and the minimality test edge by edge."""
+
+    tests: tuple[HypothesisTest, ...]
+    edges: pd.DataFrame
+    """One row per edge of the circuit: its knock-out effect, in the metric's unit, the share of random edges of
+    inflated circuits with a smaller one, the p-value, Holm-adjusted, and whether the edge is called redundant."""
+    n_edges: int
+    n_pairs: int
+
+    def __getitem__(self, name: str) -> HypothesisTest:
+        for test in self.tests:
+            if test.name == name:
+                return test
+        raise KeyError(f"no test {name!r}; there is: {', '.join(test.name for test in self.tests)}")
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per test."""
+        import pandas as pd
+
+        rows = [vars(test) | {"passed": test.passed} for test in self.tests]
+        return pd.DataFrame(rows).set_index("name")
+
+    def _repr_html_(self) -> str:
+        about = f"{self.n_edges} edges, {self.n_pairs} pairs"
+        return f"<p><b>Hypothesis tests</b>, {escape(about)}</p>{self.to_frame().to_html(float_format='{:.3g}'.format)}"
+
+
+def hypothesis_tests(
+    model: HookedModel,
+    circuit: Circuit,
+    pairs: Pairs,
+    metric: Metric = logit_difference,
+    *,
+    ablation: str = "corrupt",
+    epsilon: float = 0.1,
+    quantile: float = 0.9,
+    n_random: int = 100,
+    permutations: int = 1000,
+    level: float = 0.05,
+    seed: int = 0,
+    progress: bool = False,
+) -> CircuitTests:
+    """Return the five tests of the circuit that ``circuit.kept`` is.
+
+    With s the metric of an example, M the model, C the circuit and M - C its complement (all other edges ablated):
+
+    * equivalence: null abs(P(s(C) > s(M)) - 1/2) < epsilon. With k of n examples on which C is above M (ties are
+      left out), p = sum over all j with abs(j/n - 1/2) >= abs(k/n - 1/2) of Binomial(j; n, 1/2 + epsilon).
+    * independence: null s(M - C) and s(M) are independent, by permutations of the Hilbert-Schmidt criterion with
+      Gaussian kernels as wide as the median distance.
+    * minimality, per edge: null: knocking the edge out of C moves the metric more than knocking a random edge out of
+      C inflated by a random path does, with probability at least ``quantile``. p is the lower tail of
+      Binomial(n_random, quantile); a rejection calls the edge redundant. The circuit's p is the smallest adjusted.
+    * sufficiency: null: C is closer to M than a random circuit of its size is, with probability at most
+      ``quantile``; p is the upper tail.
+    * partial necessity: null: ablating C moves the metric more than ablating a random circuit of its size does, with
+      probability at most ``quantile``; p is the upper tail.
+
+    Distances between two circuits are means over pairs of abs(s - s'). The released code takes the mean score
+    difference as the statistic of the equivalence test; this follows the paper.
+
+    Args:
+        model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
+        circuit: The edges to test.
+        pairs: Clean and corrupt inputs, best others than those that chose the circuit.
+        metric: One number per pair.
+        ablation: What an ablated edge carries: see ``ablated_metric``.
+        epsilon: Half-width of the equivalence null.
+        quantile: Of random circuits or edges that is to be beaten.
+        n_random: Random circuits, and random inflated circuits.
+        permutations: Of the independence test.
+        level: Family-wise error rate.
+        seed: Of random circuits and permutations.
+        progress: Whether to show a bar.
+
+    Source: Shi et al. 2024, Hypothesis Testing the Circuit Hypothesis in LLMs, arXiv 2410.13032, sections 3 and 4;
+        Gretton et al. 2007 (independence criterion); Holm 1979 (correction).
+
+    Fails when: there are few pairs, so that equivalence and independence are kept for want of data; the null of
+    equivalence being kept is no proof that the circuit is equivalent.
+
+    Raises:
+        BadInput: the circuit is of another graph, empty or the whole model, or a rate is not between 0 and 1.
+    """
+    _check(model, circuit, epsilon=epsilon, quantile=quantile, level=level)
+    graph, kept = circuit.graph, circuit.kept.cpu()
+    generator = torch.Generator().manual_seed(seed)
+    random = random_circuits(graph, int(kept.sum()), n_random, seed=seed)
+    inflated, knocked = _inflated(graph, kept, n_random, generator)
+    members = kept.nonzero().flatten()
+    without = kept.repeat(len(members), 1)
+    without[torch.arange(len(members)), members] = False
+    whole = torch.ones(1, graph.n_edges, dtype=torch.bool)
+    groups = [whole, kept[None], ~kept[None], random, ~random, inflated, knocked, without]
+    keep = torch.cat(groups).to(circuit.kept.device)
+    scores = ablated_metric(model, pairs, keep, metric=metric, ablation=ablation, progress=progress)
+    parts = scores.double().cpu().split([len(group) for group in groups])
+    full, own, complement = parts[0][0], parts[1][0], parts[2][0]
+
+    found = [_equivalence(own, full, epsilon), _independence(complement, full, permutations, seed)]
+    closer = (own - full).abs().mean() < (parts[3] - full).abs().mean(1)
+    worse = (complement - full).abs().mean() > (parts[4] - full).abs().mean(1)
+    for name, beats in (("sufficiency", closer), ("partial necessity", worse)):
+        found.append((name, _tail(int(beats.sum()), n_random, quantile, "greater"), float(beats.double().mean())))
+    effects = (parts[7] - own).abs().mean(1)
+    reference = (parts[5] - parts[6]).abs().mean(1)
+    beaten = (effects[:, None] > reference).sum(1).tolist()
+    edge_p = [_tail(k, n_random, quantile, "less") for k in beaten]
+    return _report(circuit, len(pairs), found, members.tolist(), effects.tolist(), beaten, edge_p, n_random, level)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return Holm-adjusted p-values, in the order given.
+
+    Source: Holm 1979, A simple sequentially rejective multiple test procedure, Scand. J. Statist. 6:65.
+    """
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return [float(v) for v in adjusted]
+
+
+def hsic(x: Float[Tensor, " pair"], y: Float[Tensor, " pair"], permutations: int, seed: int) -> tuple[float, float]:
+    """Return the Hilbert-Schmidt independence criterion (biased estimate) and its permutation p-value.
+
+    Source: Gretton et al. 2007, A Kernel Statistical Test of Independence, equation 4.
+    """
+    n = len(x)
+    kernels = [_gaussian_kernel(v) for v in (x, y)]
+    centred = kernels[0] - kernels[0].mean(0) - kernels[0].mean(1, keepdim=True) + kernels[0].mean()
+    observed = float((centred * kernels[1]).sum()) / n**2
+    generator = torch.Generator().manual_seed(seed)
+    above = 0
+    for _ in range(permutations):
+        order = torch.randperm(n, generator=generator)
+        above += float((centred * kernels[1][order][:, order]).sum()) / n**2 >= observed
+    return observed, (1 + above) / (1 + permutations)
+
+
+def _gaussian_kernel(v: Float[Tensor, " pair"]) -> Float[Tensor, "pair pair"]:
+    distance = (v[:, None] - v).abs()
+    off_diagonal = distance[~torch.eye(len(v), dtype=torch.bool)]
+    width = off_diagonal[off_diagonal > 0].median() if bool((off_diagonal > 0).any()) else torch.ones(())
+    return torch.exp(-(distance**2) / (2 * width**2))
+
+
+def equivalence_p(above: int, n: int, epsilon: float) -> float:
+    """Return the p-value of the null abs(P(above) - 1/2) < epsilon, where ``above`` of ``n`` examples are above."""
+    if n == 0:
+        return 1.0
+    from scipy.stats import binom
+
+    k = np.arange(n + 1)
+    extreme = np.abs(2 * k - n) >= abs(2 * above - n)
+    return float(min(1.0, binom.pmf(k[extreme], n, 0.5 + epsilon).sum()))
+
+
+def _equivalence(own: Tensor, full: Tensor, epsilon: float) -> tuple[str, float, float]:
+    # Equal up to rounding is a tie: the same numbers summed in another order must not count as better or worse.
+    ties = (own - full).abs() <= 1e-6 * (1 + full.abs())
+    above, n = int((own > full)[~ties].sum()), int((~ties).sum())
+    return "equivalence", equivalence_p(above, n, epsilon), above / n if n else 0.5
+
+
+def _independence(complement: Tensor, full: Tensor, permutations: int, seed: int) -> tuple[str, float, float]:
+    statistic, p = hsic(complement, full, permutations, seed)
+    return "independence", p, statistic
+
+
+def _tail(successes: int, n: int, quantile: float, alternative: str) -> float:
+    from scipy.stats import binomtest
+
+    return float(binomtest(successes, n, quantile, alternative=alternative).pvalue)
+
+
+def _inflated(
+    graph: Graph, kept: Bool[Tensor, " edge"], n: int, generator: torch.Generator
+) -> tuple[Bool[Tensor, "circuit edge"], Bool[Tensor, "circuit edge"]]:
+    """The circuit with a random path added, and the same with one of the added edges knocked out again."""
+    inflated = kept.repeat(n, 1)
+    for row in inflated:
+        path = torch.tensor(random_path(graph, generator))
+        while bool(kept[path].all()):
+            path = torch.tensor(random_path(graph, generator))
+        row[path] = True
+    knocked = inflated.clone()
+    for row in knocked:
+        added = (row & ~kept).nonzero().flatten()
+        row[added[int(torch.randint(len(added), (1,), generator=generator))]] = False
+    return inflated, knocked
+
+
+NULLS = {
+    "equivalence": ("the circuit is above the model on about half of the examples", "kept"),
+    "independence": ("the complement's metric is independent of the model's", "kept"),
+    "minimality": ("every edge matters more than random edges of inflated circuits", "kept"),
+    "sufficiency": ("the circuit is no closer to the model than random circuits of its size", "rejected"),
+    "partial necessity": ("ablating the circuit does no more than ablating random circuits of its size", "rejected"),
+}
+
+
+def _report(
+    circuit: Circuit,
+    n_pairs: int,
+    found: Sequence[tuple[str, float, float]],
+    members: Sequence[int],
+    effects: Sequence[float],
+    beaten: Sequence[int],
+    edge_p: Sequence[float],
+    n_random: int,
+    level: float,
+) -> CircuitTests:
+    import pandas as pd
+
+    adjusted = holm([p for _, p, _ in found] + list(edge_p))
+    edge_adjusted = adjusted[len(found) :]
+    edges = pd.DataFrame(
+        {
+            "source": [circuit.graph.edges[i][0] for i in members],
+            "reader": [circuit.graph.edges[i][1] for i in members],
+            "effect": effects,
+            "beats": [k / n_random for k in beaten],
+            "p_value": edge_p,
+            "p_adjusted": edge_adjusted,
+            "redundant": [p <= level for p in edge_adjusted],
+        }
+    )
+    rows = [(name, statistic, p, a) for (name, p, statistic), a in zip(found, adjusted, strict=False)]
+    rows.insert(2, ("minimality", float(edges["redundant"].mean()), min(edge_p), min(edge_adjusted)))
+    tests = tuple(
+        HypothesisTest(name, NULLS[name][0], statistic, p, a, a <= level, NULLS[name][1])
+        for name, statistic, p, a in rows
+    )
+    return CircuitTests(tests, edges, len(members), n_pairs)
+
+
+def _check(model: HookedModel, circuit: Circuit, **rates: float) -> None:
+    if Graph.from_model(model) != circuit.graph:
+        raise BadInput("the circuit is of another graph than this model's: attribute this model first")
+    if not 0 < circuit.n_kept < circuit.graph.n_edges:
+        raise BadInput(
+            f"the circuit keeps {circuit.n_kept} of {circuit.graph.n_edges} edges: expected some but not all, such as "
+            f"circuit.top(20)"
+        )
+    for name, value in rates.items():
+        if not 0 < value < 1:
+            raise BadInput(f"{name} = {value}: expected a number between 0 and 1")

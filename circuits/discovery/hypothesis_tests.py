@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -132,20 +132,11 @@ def hypothesis_tests(
         BadInput: the circuit is of another graph, empty or the whole model, or a rate is not between 0 and 1.
     """
     _check(model, circuit, epsilon=epsilon, quantile=quantile, level=level)
-    graph, kept = circuit.graph, circuit.kept.cpu()
-    generator = torch.Generator().manual_seed(seed)
-    random = random_circuits(graph, int(kept.sum()), n_random, seed=seed)
-    inflated, knocked = _inflated(graph, kept, n_random, generator)
-    members = kept.nonzero().flatten()
-    without = kept.repeat(len(members), 1)
-    without[torch.arange(len(members)), members] = False
-    whole = torch.ones(1, graph.n_edges, dtype=torch.bool)
-    groups = [whole, kept[None], ~kept[None], random, ~random, inflated, knocked, without]
+    groups = _groups(circuit, n_random, seed)
     keep = torch.cat(groups).to(circuit.kept.device)
     scores = ablated_metric(model, pairs, keep, metric=metric, ablation=ablation, progress=progress)
     parts = scores.double().cpu().split([len(group) for group in groups])
     full, own, complement = parts[0][0], parts[1][0], parts[2][0]
-
     found = [_equivalence(own, full, epsilon), _independence(complement, full, permutations, seed)]
     closer = (own - full).abs().mean() < (parts[3] - full).abs().mean(1)
     worse = (complement - full).abs().mean() > (parts[4] - full).abs().mean(1)
@@ -153,9 +144,21 @@ def hypothesis_tests(
         found.append((name, _tail(int(beats.sum()), n_random, quantile, "greater"), float(beats.double().mean())))
     effects = (parts[7] - own).abs().mean(1)
     reference = (parts[5] - parts[6]).abs().mean(1)
-    beaten = (effects[:, None] > reference).sum(1).tolist()
-    edge_p = [_tail(k, n_random, quantile, "less") for k in beaten]
-    return _report(circuit, len(pairs), found, members.tolist(), effects.tolist(), beaten, edge_p, n_random, level)
+    beaten = (effects[:, None] > reference).double().mean(1).tolist()
+    edge_p = [_tail(round(share * n_random), n_random, quantile, "less") for share in beaten]
+    return _report(circuit, len(pairs), found, effects.tolist(), beaten, edge_p, level)
+
+
+def _groups(circuit: Circuit, n_random: int, seed: int) -> list[Bool[Tensor, "_ edge"]]:
+    """The sets of edges whose metric the tests are about, kind by kind."""
+    graph, kept = circuit.graph, circuit.kept.cpu()
+    random = random_circuits(graph, int(kept.sum()), n_random, seed=seed)
+    inflated, knocked = _inflated(graph, kept, n_random, torch.Generator().manual_seed(seed))
+    members = kept.nonzero().flatten()
+    without = kept.repeat(len(members), 1)
+    without[torch.arange(len(members)), members] = False
+    whole = torch.ones(1, graph.n_edges, dtype=torch.bool)
+    return [whole, kept[None], ~kept[None], random, ~random, inflated, knocked, without]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -218,7 +221,7 @@ def _independence(complement: Tensor, full: Tensor, permutations: int, seed: int
     return "independence", p, statistic
 
 
-def _tail(successes: int, n: int, quantile: float, alternative: str) -> float:
+def _tail(successes: int, n: int, quantile: float, alternative: Literal["less", "greater"]) -> float:
     from scipy.stats import binomtest
 
     return float(binomtest(successes, n, quantile, alternative=alternative).pvalue)
@@ -254,11 +257,9 @@ def _report(
     circuit: Circuit,
     n_pairs: int,
     found: Sequence[tuple[str, float, float]],
-    members: Sequence[int],
     effects: Sequence[float],
-    beaten: Sequence[int],
+    beaten: Sequence[float],
     edge_p: Sequence[float],
-    n_random: int,
     level: float,
 ) -> CircuitTests:
     import pandas as pd
@@ -267,10 +268,10 @@ def _report(
     edge_adjusted = adjusted[len(found) :]
     edges = pd.DataFrame(
         {
-            "source": [circuit.graph.edges[i][0] for i in members],
-            "reader": [circuit.graph.edges[i][1] for i in members],
+            "source": [source for source, _ in circuit.edges],
+            "reader": [reader for _, reader in circuit.edges],
             "effect": effects,
-            "beats": [k / n_random for k in beaten],
+            "beats": beaten,
             "p_value": edge_p,
             "p_adjusted": edge_adjusted,
             "redundant": [p <= level for p in edge_adjusted],
@@ -282,7 +283,7 @@ def _report(
         HypothesisTest(name, NULLS[name][0], statistic, p, a, a <= level, NULLS[name][1])
         for name, statistic, p, a in rows
     )
-    return CircuitTests(tests, edges, len(members), n_pairs)
+    return CircuitTests(tests, edges, circuit.n_kept, n_pairs)
 
 
 def _check(model: HookedModel, circuit: Circuit, **rates: float) -> None:

@@ -138,15 +138,24 @@ def hypothesis_tests(
     parts = scores.double().cpu().split([len(group) for group in groups])
     full, own, complement = parts[0][0], parts[1][0], parts[2][0]
     found = [_equivalence(own, full, epsilon), _independence(complement, full, permutations, seed)]
-    closer = (own - full).abs().mean() < (parts[3] - full).abs().mean(1)
-    worse = (complement - full).abs().mean() > (parts[4] - full).abs().mean(1)
-    for name, beats in (("sufficiency", closer), ("partial necessity", worse)):
-        found.append((name, _tail(int(beats.sum()), n_random, quantile, "greater"), float(beats.double().mean())))
+    found += _against_random(full, own, complement, parts[3], parts[4], quantile)
     effects = (parts[7] - own).abs().mean(1)
     reference = (parts[5] - parts[6]).abs().mean(1)
     beaten = (effects[:, None] > reference).double().mean(1).tolist()
     edge_p = [_tail(round(share * n_random), n_random, quantile, "less") for share in beaten]
     return _report(circuit, len(pairs), found, effects.tolist(), beaten, edge_p, level)
+
+
+def _against_random(
+    full: Tensor, own: Tensor, complement: Tensor, random: Tensor, without_random: Tensor, quantile: float
+) -> list[tuple[str, float, float]]:
+    """Sufficiency and partial necessity: name, p-value, and the share of random circuits that are beaten."""
+    closer = (own - full).abs().mean() < (random - full).abs().mean(1)
+    worse = (complement - full).abs().mean() > (without_random - full).abs().mean(1)
+    return [
+        (name, _tail(int(beats.sum()), len(beats), quantile, "greater"), float(beats.double().mean()))
+        for name, beats in (("sufficiency", closer), ("partial necessity", worse))
+    ]
 
 
 def _groups(circuit: Circuit, n_random: int, seed: int) -> list[Bool[Tensor, "_ edge"]]:

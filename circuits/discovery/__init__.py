@@ -10,14 +10,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from circuits.discovery.circuit import Circuit
+from circuits.discovery.clean_corrupted import clean_corrupted
 from circuits.discovery.completeness import Completeness, completeness, minimality
 from circuits.discovery.curves import Faithfulness
 from circuits.discovery.eap import eap
+from circuits.discovery.eap_ig_activations import eap_ig_activations
 from circuits.discovery.eap_ig_inputs import eap_ig_inputs
 from circuits.discovery.edge_accuracy import EdgeAccuracy, edge_accuracy
 from circuits.discovery.evaluate import MIB_SHARES, ablated_metric, faithfulness
 from circuits.discovery.graph import Graph
+from circuits.discovery.hisp import hisp
 from circuits.discovery.hypothesis_tests import CircuitTests, HypothesisTest, hypothesis_tests
+from circuits.discovery.information_flow_routes import information_flow_routes
+from circuits.discovery.mask_ig import mask_gradient, mask_ig
 from circuits.discovery.metrics import log_probability, logit_difference
 from circuits.discovery.nodes import node_attribution
 from circuits.discovery.random_circuits import random_circuits
@@ -39,21 +44,36 @@ __all__ = [
     "Stability",
     "ablated_metric",
     "attribute",
+    "clean_corrupted",
     "completeness",
     "eap",
+    "eap_ig_activations",
     "eap_ig_inputs",
     "edge_accuracy",
     "faithfulness",
+    "hisp",
     "hypothesis_tests",
+    "information_flow_routes",
     "log_probability",
     "logit_difference",
+    "mask_gradient",
+    "mask_ig",
     "minimality",
     "node_attribution",
     "random_circuits",
     "stability",
 ]
 
-METHODS: Mapping[str, Callable[..., Circuit]] = {"eap": eap, "eap-ig-inputs": eap_ig_inputs}
+METHODS: Mapping[str, Callable[..., Circuit]] = {
+    "eap": eap,
+    "eap-ig-inputs": eap_ig_inputs,
+    "eap-ig-activations": eap_ig_activations,
+    "clean-corrupted": clean_corrupted,
+    "mask-gradient": mask_gradient,
+    "mask-ig": mask_ig,
+    "information-flow-routes": information_flow_routes,
+    "hisp": hisp,
+}
 
 
 def attribute(model: HookedModel, pairs: Pairs, *, method: str = "eap-ig-inputs", **options: Any) -> Circuit:

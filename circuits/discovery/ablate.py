@@ -80,6 +80,23 @@ def ablated_logits(
     return logits.unflatten(0, (len(keep), -1))
 
 
+def ablated_logits_by_pair(
+    model: HookedModel,
+    sites: Sites,
+    tokens: Int[Tensor, "pair pos"],
+    replaced: Mapping[str, Tensor],
+    keep: Float[Tensor, "pair edge"],
+) -> Float[Tensor, "pair pos d_vocab_out"]:
+    """Return the logits of each input under its own scale of every edge, as ``ablated_logits`` does for sets.
+
+    Differentiable with respect to ``keep``: one backward gives the gradient of every pair and edge.
+    """
+    own = {name: tensor.expand(len(tokens), *tensor.shape[1:])[:, None] for name, tensor in replaced.items()}
+    correction = _Correction(sites, own, keep.to(replaced[sites.embed]))
+    with model.hooks(fwd_hooks=correction.hooks()):
+        return model(tokens)
+
+
 class _Correction:
     """The hooks of one ablated forward, with what its sources have written so far."""
 

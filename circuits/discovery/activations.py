@@ -47,7 +47,7 @@ def gradients(
     metric: Metric,
     *,
     at: Sequence[str],
-    embed: Float[Tensor, "batch pos d_model"] | None = None,
+    replaced: Mapping[str, Tensor] | None = None,
 ) -> tuple[Store, Store]:
     """Return the activations of a run, and the gradient of each example's metric at the hooks ``at``.
 
@@ -60,19 +60,20 @@ def gradients(
         pairs: The pairs that the metric is computed on.
         metric: One number per example.
         at: The hooks at which gradients are wanted.
-        embed: Token embeddings to put in place of the model's own.
+        replaced: Activations to put in place of the model's own, by hook name.
 
     Raises:
         BadInput: the metric does not depend on the logits.
     """
     store: Store = {}
+    given = replaced or {}
 
     def start(tensor: Tensor, *, hook: Any) -> Tensor:
         # A leaf of its own, so that there is a graph even where all parameters are frozen.
-        store[sites.embed] = (tensor if embed is None else embed).detach().requires_grad_()
+        store[sites.embed] = given.get(sites.embed, tensor).detach().requires_grad_()
         return store[sites.embed]
 
-    hooks = [(name, _branch(store, name)) for name in sites.all_hooks if name != sites.embed]
+    hooks = [(name, _branch(store, name, given.get(name))) for name in sites.all_hooks if name != sites.embed]
     with torch.inference_mode(False), torch.enable_grad():
         with model.hooks(fwd_hooks=[(sites.embed, start), *hooks]):
             logits = model(tokens)
@@ -91,11 +92,12 @@ def _keep(store: Store, name: str) -> Callable[..., None]:
     return hook
 
 
-def _branch(store: Store, name: str) -> Callable[..., Tensor]:
+def _branch(store: Store, name: str, given: Tensor | None) -> Callable[..., Tensor]:
     """A hook that passes its value on as a view, which is what lies downstream even where the hook converts shapes."""
 
     def hook(tensor: Tensor, *, hook: Any) -> Tensor:
-        store[name] = tensor.view_as(tensor)
+        value = tensor if given is None else given.detach().requires_grad_()
+        store[name] = value.view_as(value)
         return store[name]
 
     return hook

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,12 @@ from circuits.tasks.base import Pairs
 
 Product = Callable[[Store, Store], Float[Tensor, "batch score"]]
 """From the activations and gradients of a run to one number per pair and edge (or source)."""
+
+Term = tuple[Mapping[str, Tensor] | None, Product]
+"""A run whose gradients count: the activations that are put in place (None: the clean run), and what is made of it."""
+
+Plan = Callable[[Sites, Store, Store], list[Term]]
+"""From the activations of the corrupt and the clean run to the terms whose sum the scores are."""
 
 BUDGET = 512 * 2**20
 """Bytes that the differences of all sources may take at a time, from which the batch size follows."""
@@ -60,8 +66,18 @@ def edge_effects(
     """
     sites = sites_of(model)
     names = [f"edge {source} -> {reader}" for source, reader in sites.graph.edges]
-    at = sites.reader_hooks
-    return sites, _effects(model, sites, pairs, metric, points, at, _edge_product, names, batch_size, progress)
+    effects = effects_of(
+        model,
+        sites,
+        pairs,
+        metric,
+        along_inputs(points, _edge_product),
+        at=sites.reader_hooks,
+        names=names,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return sites, effects
 
 
 def source_effects(
@@ -79,48 +95,74 @@ def source_effects(
     """
     sites = sites_of(model)
     names = [f"source {source}" for source in sites.graph.sources]
-    at = sites.source_hooks
-    return sites, _effects(model, sites, pairs, metric, points, at, _source_product, names, batch_size, progress)
+    effects = effects_of(
+        model,
+        sites,
+        pairs,
+        metric,
+        along_inputs(points, _source_product),
+        at=sites.source_hooks,
+        names=names,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return sites, effects
 
 
-def _effects(
+def effects_of(
     model: HookedModel,
     sites: Sites,
     pairs: Pairs,
     metric: Metric,
-    points: Sequence[float],
+    plan: Plan,
+    *,
     at: Sequence[str],
-    prepare: Callable[[Sites, Store, Store], Product],
     names: Sequence[str],
-    batch_size: int | None,
-    progress: bool,
+    batch_size: int | None = None,
+    progress: bool = False,
 ) -> Float[Tensor, "pair score"]:
+    """Return for each pair the sum of the terms of a plan: what every gradient method comes down to.
+
+    Args:
+        model: The model.
+        sites: Its sources and readers.
+        pairs: Clean and corrupt inputs.
+        metric: One number per pair.
+        plan: The runs whose gradients count, for a batch of pairs.
+        at: The hooks at which gradients are taken, the last of them nearest to the logits.
+        names: What each score is of, for errors.
+        batch_size: Pairs at a time.
+        progress: Whether to show a bar.
+
+    Raises:
+        BadInput: the pairs do not line up, the metric is constant, or a score is not finite.
+        UnsupportedModel: the model has a part that edges cannot represent.
+    """
     check_pairs(pairs)
     pairs = pairs.to(model.cfg.device)
     scores: list[Tensor] = []
-    largest = 0.0
-    slices = _slices(sites, pairs, model.cfg.d_model, batch_size)
+    largest, on_path = 0.0, False
+    slices = pair_slices(sites, pairs, model.cfg.d_model, batch_size)
     for rows in tqdm(slices, desc="attribution", unit="batch", disable=not progress or len(slices) == 1):
         part = select(pairs, rows)
         corrupt = source_values(model, sites, part.corrupt)
         clean, clean_grads = gradients(model, sites, part.clean, part, metric, at=at)
         if not scores:
             check_exact(sites, clean)
-        product = prepare(sites, corrupt, clean)
-        start, way = corrupt[sites.embed], clean[sites.embed] - corrupt[sites.embed]
-        total = torch.zeros((), device=start.device)
-        for point in points:
+        total = torch.zeros(len(part), len(names), device=part.clean.device)
+        for replaced, product in plan(sites, corrupt, clean):
             values, grads = clean, clean_grads
-            if point != 1.0:
-                values, grads = gradients(model, sites, part.clean, part, metric, at=at, embed=start + point * way)
+            if replaced is not None:
+                values, grads = gradients(model, sites, part.clean, part, metric, at=at, replaced=replaced)
+                on_path = True
             # the last hook lies nearest to the logits: without a gradient there, there is none anywhere
             largest = max(largest, float(grads[at[-1]].abs().max()))
             total = total + product(values, grads)
-        scores.append(total / len(points))
+        scores.append(total)
         if not bool(torch.isfinite(scores[-1]).all()):
             raise BadInput(_not_finite(sites, scores[-1], names, corrupt, clean))
     if largest == 0:
-        where = "the clean inputs" if tuple(points) == (1.0,) else "every point of the path"
+        where = "every point of the path" if on_path else "the clean inputs"
         raise BadInput(
             f"the gradient of metric {name_of(metric)} is zero at {where}: all scores would be zero. A divergence "
             f"from the clean output does that at the clean point; take logit_difference or log_probability"
@@ -128,7 +170,27 @@ def _effects(
     return torch.cat(scores)
 
 
-def _slices(sites: Sites, pairs: Pairs, d_model: int, batch_size: int | None) -> list[slice]:
+def along_inputs(points: Sequence[float], prepare: Callable[[Sites, Store, Store], Product]) -> Plan:
+    """Return the plan that averages over points between the corrupt (0) and the clean (1) token embeddings."""
+
+    def plan(sites: Sites, corrupt: Store, clean: Store) -> list[Term]:
+        product = prepare(sites, corrupt, clean)
+        start, way = corrupt[sites.embed], clean[sites.embed] - corrupt[sites.embed]
+
+        def mean(values: Store, grads: Store) -> Tensor:
+            return product(values, grads) / len(points)
+
+        return [(None if point == 1.0 else {sites.embed: start + point * way}, mean) for point in points]
+
+    return plan
+
+
+def pair_slices(sites: Sites, pairs: Pairs, d_model: int, batch_size: int | None) -> list[slice]:
+    """Return which pairs to take at a time: ``batch_size`` of them, or what keeps the differences within the budget.
+
+    Raises:
+        BadInput: ``batch_size`` is less than 1.
+    """
     if batch_size is None:
         readers = len(sites.graph.readers) // len(sites.layers)
         per_pair = (len(sites.graph.sources) + readers) * pairs.clean.shape[1] * d_model * 4
@@ -147,7 +209,7 @@ def _edge_product(sites: Sites, corrupt: Store, clean: Store) -> Product:
     def product(values: Store, grads: Store) -> Float[Tensor, "batch edge"]:
         blocks: list[Tensor] = []
         reader = 0
-        for gradient in _by_layer(sites, values, grads):
+        for gradient in gradients_by_layer(sites, values, grads):
             rows = gradient.to(differences.dtype).transpose(0, 1).flatten(2)
             blocks.append(torch.bmm(rows, by_pair[:, : visible[reader]].transpose(1, 2)).flatten(1))
             reader += rows.shape[1]
@@ -156,7 +218,9 @@ def _edge_product(sites: Sites, corrupt: Store, clean: Store) -> Product:
     return product
 
 
-def _by_layer(sites: Sites, values: Store, grads: Store) -> Iterator[Float[Tensor, "reader batch pos d_model"]]:
+def gradients_by_layer(
+    sites: Sites, values: Store, grads: Store
+) -> Iterator[Float[Tensor, "reader batch pos d_model"]]:
     """Yield the gradient at every reader's input, in blocks of readers that see the same sources."""
     for i, layer in enumerate(sites.layers):
         yield reader_gradients(sites, i, values, grads)

@@ -22,15 +22,16 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
     """Scores over the edges of a graph, and the edges that are kept (all of them, as a method returns it).
 
-    A score is the effect of corrupting the edge on the mean metric, in the metric's unit: an edge that supports the
-    answer has a negative score under ``logit_difference``.
+    A signed score is the effect of corrupting the edge on the mean metric, in the metric's unit: an edge that supports
+    the answer has a negative score under ``logit_difference``. Methods that only say how much an edge matters give
+    scores of zero and above, which are not ``signed``.
     """
 
     graph: Graph
@@ -41,6 +42,8 @@ class Circuit:
     per_example: Float[Tensor, "pair edge"] | None = None
     """The effect on each pair's own metric, of which ``scores`` is the mean."""
     details: Mapping[str, Any] = field(default_factory=dict)
+    signed: bool = True
+    """Whether a score's sign says which way the metric goes; without, every ranking goes by size."""
 
     def __post_init__(self) -> None:
         for name in ("scores", "kept"):
@@ -50,11 +53,19 @@ class Circuit:
 
     @staticmethod
     def of_effects(
-        graph: Graph, effects: Float[Tensor, "pair edge"], *, method: str, metric: str, details: Mapping[str, Any]
+        graph: Graph,
+        effects: Float[Tensor, "pair edge"],
+        *,
+        method: str,
+        metric: str,
+        details: Mapping[str, Any],
+        signed: bool = True,
     ) -> Circuit:
         """Return the circuit that keeps every edge, scored by its mean effect over pairs."""
         scores = effects.mean(0)
-        return Circuit(graph, scores, torch.ones_like(scores, dtype=torch.bool), method, metric, effects, details)
+        return Circuit(
+            graph, scores, torch.ones_like(scores, dtype=torch.bool), method, metric, effects, details, signed
+        )
 
     @property
     def n_kept(self) -> int:
@@ -72,7 +83,7 @@ class Circuit:
         Args:
             absolute: By the size of the score; otherwise by how much corrupting the edge lowers the metric.
         """
-        importance = self.scores.abs() if absolute else -self.scores
+        importance = self.scores.abs() if absolute or not self.signed else -self.scores
         return importance.argsort(descending=True, stable=True)
 
     def top(self, n: int, *, absolute: bool = True) -> Circuit:
@@ -165,7 +176,7 @@ class Circuit:
         if self.per_example is not None:
             tensors["per_example"] = self.per_example
         data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-        fields = {name: getattr(self, name) for name in ("graph", "method", "metric", "details")}
+        fields = {name: getattr(self, name) for name in ("graph", "method", "metric", "details", "signed")}
         digest = atomic_write(directory / "circuit.safetensors", data)
         write_json(directory / "circuit.json", {"schema": SCHEMA, "sha256": digest} | to_json(fields))
         return directory
@@ -189,7 +200,9 @@ class Circuit:
         try:
             tensors: dict[str, Any] = load(read_bytes(Path(directory) / "circuit.safetensors", sha256=stored["sha256"]))
             graph = from_json(Graph, stored["graph"])
-            return Circuit(graph=graph, **tensors, **{name: stored[name] for name in ("method", "metric", "details")})
+            return Circuit(
+                graph=graph, **tensors, **{name: stored[name] for name in ("method", "metric", "details", "signed")}
+            )
         except (KeyError, TypeError, BadInput) as error:
             raise CorruptRun(f"{where} does not describe a circuit ({error}): compute it anew") from error
 

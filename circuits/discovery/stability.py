@@ -86,7 +86,7 @@ def stability(
     pairs = len(circuit.per_example)
     counts = torch.from_numpy(resampling_counts(pairs, seed=seed, resamples=resamples))
     scores = counts.to(circuit.per_example) @ circuit.per_example / pairs
-    importance = scores.abs() if absolute else -scores
+    importance = scores.abs() if absolute or not circuit.signed else -scores
     order = importance.argsort(dim=1, descending=True, stable=True)[:, :n_edges]
     found = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
     similarity = jaccard(found, chosen.kept.expand_as(found))

@@ -1,0 +1,167 @@
+"""Gradient methods beyond EAP, each against its definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from discovery_models import build, close, hugging_face, some_pairs, variants
+
+from circuits import discovery
+from circuits.discovery import METHODS, Circuit, Graph, ablated_metric, eap
+from circuits.discovery.ablate import ablated_logits, ablated_logits_by_pair, replacement
+from circuits.discovery.metrics import measure
+from circuits.discovery.sites import sites_of
+from circuits.errors import BadInput
+from circuits.tasks.base import Pairs
+
+
+def swapped(pairs: Pairs) -> Pairs:
+    return Pairs(pairs.corrupt, pairs.clean, pairs.position, pairs.correct, pairs.wrong, pairs.changed)
+
+
+@variants
+def test_a_mask_per_pair_is_a_set_per_pair(variant: str) -> None:
+    model, pairs = build(variant), some_pairs()
+    sites = sites_of(model)
+    keep = torch.rand(len(pairs), sites.graph.n_edges, generator=torch.Generator().manual_seed(0))
+    for ablation in ("corrupt", "mean"):
+        replaced = replacement(model, sites, pairs, ablation)
+        with torch.no_grad():
+            together = ablated_logits_by_pair(model, sites, pairs.clean, replaced, keep)
+            by_set = ablated_logits(model, sites, pairs.clean, replaced, keep)
+        assert close(together, torch.stack([by_set[i, i] for i in range(len(pairs))]), 1e-5)
+
+
+@variants
+def test_the_mask_gradient_is_edge_attribution(variant: str) -> None:
+    model, pairs = build(variant), some_pairs()
+    got, expected = discovery.mask_gradient(model, pairs), eap(model, pairs)
+    assert got.per_example is not None and expected.per_example is not None
+    assert close(got.per_example, expected.per_example, 1e-4)
+    split = discovery.mask_gradient(model, pairs, batch_size=1)
+    assert split.per_example is not None and close(split.per_example, got.per_example, 1e-5)
+
+
+@pytest.mark.parametrize("ablation", ["corrupt", "mean"])
+def test_mask_integrated_gradients_add_up_to_the_total_effect(ablation: str) -> None:
+    model, pairs = build("layer-norm"), some_pairs()
+    got = discovery.mask_ig(model, pairs, steps=60, ablation=ablation)
+    keep = torch.stack([torch.zeros(61), torch.ones(61)]).bool()
+    none, every = ablated_metric(model, pairs, keep, ablation=ablation)
+    assert got.per_example is not None
+    assert close(got.per_example.sum(1), none - every, 5e-3)
+    coarse = discovery.mask_ig(model, pairs, steps=2, ablation=ablation)
+    assert coarse.details["points"] == [0.25, 0.75] and not close(coarse.scores, got.scores, 1e-3)
+
+
+def test_clean_corrupted_is_the_mean_of_both_ends() -> None:
+    model, pairs = build(), some_pairs()
+    got = discovery.clean_corrupted(model, pairs)
+    expected = (eap(model, pairs).scores - eap(model, swapped(pairs)).scores) / 2
+    assert close(got.scores, expected, 1e-4)
+
+
+@variants
+def test_activation_paths_move_one_group_of_sources_at_a_time(variant: str) -> None:
+    model, pairs = build(variant), some_pairs()
+    assert close(discovery.eap_ig_activations(model, pairs, steps=1).scores, eap(model, pairs).scores, 1e-5)
+    got = discovery.eap_ig_activations(model, pairs, steps=3)
+    sites = sites_of(model)
+    graph, replaced = sites.graph, replacement(model, sites, pairs, "corrupt")
+    group_of = [s if "." not in s else s.split(".")[0] for s, _ in graph.edges]
+    expected = torch.zeros(len(pairs), graph.n_edges)
+    for group in dict.fromkeys(group_of):
+        member = torch.tensor([g == group for g in group_of])
+        for k in (1, 2, 3):
+            keep = torch.where(member, k / 3, 1.0).repeat(len(pairs), 1).requires_grad_()
+            logits = ablated_logits_by_pair(model, sites, pairs.clean, replaced, keep)
+            total = measure(discovery.logit_difference, logits, pairs).sum()
+            expected -= torch.where(member, torch.autograd.grad(total, keep)[0], 0) / 3
+    assert got.per_example is not None and close(got.per_example, expected, 1e-4)
+    with pytest.raises(BadInput, match="steps = 0"):
+        discovery.eap_ig_activations(model, pairs, steps=0)
+
+
+@variants
+def test_information_flow_shares_what_each_reader_sees(variant: str) -> None:
+    model, pairs = build(variant), some_pairs()
+    got = discovery.information_flow_routes(model, pairs)
+    matrix = got.graph.dense(got.scores)
+    assert not got.signed and float(got.scores.min()) >= 0
+    assert float(matrix.sum(1).max()) <= 1 + 1e-5
+    assert torch.equal(got.ranking(absolute=False), got.ranking())
+    with torch.no_grad():
+        _, cache = model.run_with_cache(pairs.clean)
+    embed = cache["hook_embed"]
+    parts = [embed] if "hook_pos_embed" not in cache else [embed, cache["hook_pos_embed"].expand_as(embed)]
+    for i in range(2):
+        first = share(cache[f"blocks.{i}.hook_resid_pre"], parts)
+        assert close(matrix[got.graph.readers.index(f"a{i}.h1.v"), : len(parts)], first, 1e-5)
+        W_O = model.blocks[i].attn.W_O.detach()  # type: ignore[index, union-attr]
+        parts += [cache[f"blocks.{i}.attn.hook_z"][:, :, h] @ W_O[h] for h in range(2)]
+        if not model.config.attn_only:
+            middle = share(cache[f"blocks.{i}.hook_resid_mid"], parts)
+            assert close(matrix[got.graph.readers.index(f"m{i}"), : len(parts)], middle, 1e-5)
+            parts.append(cache[f"blocks.{i}.hook_mlp_out"])
+    assert close(matrix[-1], share(cache["blocks.1.hook_resid_post"], parts), 1e-5)
+
+
+def share(y: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor:
+    proximity = torch.stack([(y.abs().sum(-1) - (y - a).abs().sum(-1)).clamp_min(0) for a in parts])
+    total = proximity.sum(0)
+    return torch.where(total > 0, proximity / total, 0).mean((1, 2))
+
+
+def test_head_importance_is_the_size_of_activation_times_gradient() -> None:
+    model, pairs = build("attention-only"), some_pairs()
+    got = discovery.hisp(model, pairs)
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor, *, hook: Any) -> torch.Tensor:
+        kept[hook.name] = tensor
+        tensor.retain_grad()
+        return tensor
+
+    names = ["blocks.0.attn.hook_z", "blocks.1.attn.hook_z"]
+    with model.hooks(fwd_hooks=[(name, keep) for name in names]):
+        measure(discovery.logit_difference, model(pairs.clean), pairs).sum().backward()
+    model.zero_grad()
+    sizes = torch.cat([(kept[n] * kept[n].grad).detach().sum((1, 3)).abs() for n in names], 1)  # type: ignore[operator]
+    most = sizes.amax(1)
+    assert got.per_example is not None and not got.signed
+    for (source, reader), column in zip(got.graph.edges, got.per_example.T, strict=True):
+        ends = [sizes[:, 2 * int(n[1]) + int(n[4])] if n[0] == "a" else most for n in (source, reader)]
+        assert close(column, torch.minimum(*ends), 1e-4), (source, reader)
+
+
+@pytest.mark.parametrize("architecture", ["GPT2", "GPTNeoX", "Llama"])
+def test_every_method_runs_on_a_bridge_and_leaves_it_alone(architecture: str) -> None:
+    bridge = hugging_face(architecture)
+    before = {name: p.clone() for name, p in bridge.named_parameters()}
+    for method in METHODS:
+        circuit = discovery.attribute(bridge, some_pairs(2, 4, 11), method=method)
+        assert circuit.graph == Graph.from_model(bridge) and bool(torch.isfinite(circuit.scores).all()), method
+        for name, p in bridge.named_parameters():
+            assert torch.equal(p, before[name]) and p.grad is None, (method, name)
+
+
+def test_signs_are_saved(tmp_path: Any) -> None:
+    circuit = discovery.hisp(build(), some_pairs())
+    assert not Circuit.load(circuit.save(tmp_path / "c")).signed
+    assert Circuit.load(eap(build(), some_pairs()).save(tmp_path / "d")).signed
+
+
+def test_metrics_without_gradient_are_refused_by_name() -> None:
+    def flat(logits: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        return logits[:, 0] * 0
+
+    def constant(logits: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        return torch.zeros(len(pairs))
+
+    for method in ("eap-ig-activations", "clean-corrupted", "mask-gradient", "mask-ig", "hisp"):
+        with pytest.raises(BadInput, match="flat is zero"):
+            discovery.attribute(build(), some_pairs(), method=method, metric=flat)
+        with pytest.raises(BadInput, match="constant does not depend on the logits"):
+            discovery.attribute(build(), some_pairs(), method=method, metric=constant)

@@ -105,8 +105,8 @@ def test_other_bad_arguments_are_refused() -> None:
     model, pairs = build(), some_pairs()
     with pytest.raises(UnknownName, match="did you mean 'eap'"):
         discovery.attribute(model, pairs, method="eapp")
-    with pytest.raises(UnknownName, match="unknown ablation 'zero'"):
-        discovery.ablated_metric(model, pairs, torch.ones(1, 53, dtype=torch.bool), ablation="zero")
+    with pytest.raises(UnknownName, match="unknown ablation 'shuffle'"):
+        discovery.ablated_metric(model, pairs, torch.ones(1, 53, dtype=torch.bool), ablation="shuffle")
     with pytest.raises(BadInput, match="a column per edge"):
         discovery.ablated_metric(model, pairs, torch.ones(1, 3, dtype=torch.bool))
     with pytest.raises(BadInput, match="steps = 0"):

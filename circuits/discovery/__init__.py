@@ -18,12 +18,14 @@ from circuits.discovery.eap_ig_activations import eap_ig_activations
 from circuits.discovery.eap_ig_inputs import eap_ig_inputs
 from circuits.discovery.edge_accuracy import EdgeAccuracy, edge_accuracy
 from circuits.discovery.evaluate import MIB_SHARES, ablated_metric, faithfulness
+from circuits.discovery.exact import exact
+from circuits.discovery.exact_nodes import exact_nodes
 from circuits.discovery.graph import Graph
 from circuits.discovery.hisp import hisp
 from circuits.discovery.hypothesis_tests import CircuitTests, HypothesisTest, hypothesis_tests
 from circuits.discovery.information_flow_routes import information_flow_routes
 from circuits.discovery.mask_ig import mask_gradient, mask_ig
-from circuits.discovery.metrics import log_probability, logit_difference
+from circuits.discovery.metrics import kl_divergence, log_probability, logit_difference, squared_error
 from circuits.discovery.nodes import node_attribution
 from circuits.discovery.random_circuits import random_circuits
 from circuits.discovery.stability import Stability, stability
@@ -50,10 +52,13 @@ __all__ = [
     "eap_ig_activations",
     "eap_ig_inputs",
     "edge_accuracy",
+    "exact",
+    "exact_nodes",
     "faithfulness",
     "hisp",
     "hypothesis_tests",
     "information_flow_routes",
+    "kl_divergence",
     "log_probability",
     "logit_difference",
     "mask_gradient",
@@ -61,6 +66,7 @@ __all__ = [
     "minimality",
     "node_attribution",
     "random_circuits",
+    "squared_error",
     "stability",
 ]
 
@@ -73,6 +79,7 @@ METHODS: Mapping[str, Callable[..., Circuit]] = {
     "mask-ig": mask_ig,
     "information-flow-routes": information_flow_routes,
     "hisp": hisp,
+    "exact": exact,
 }
 
 

@@ -15,7 +15,7 @@ from circuits.errors import BadInput, UnknownName
 from circuits.model import Hook, HookedModel
 from circuits.tasks.base import Pairs
 
-ABLATIONS = ("corrupt", "mean")
+ABLATIONS = ("corrupt", "mean", "zero")
 
 
 def replacement(
@@ -28,7 +28,7 @@ def replacement(
         sites: Its sources and readers.
         pairs: Clean and corrupt inputs.
         ablation: ``corrupt``: each pair's own activation on its corrupt input; ``mean``: at each position, the mean
-            activation over the clean inputs.
+            activation over the clean inputs; ``zero``: nothing.
         batch_size: Inputs at a time, of the mean; None for all.
 
     Raises:
@@ -38,6 +38,8 @@ def replacement(
         raise UnknownName("ablation", ablation, ABLATIONS)
     if ablation == "corrupt":
         return source_values(model, sites, pairs.corrupt)
+    if ablation == "zero":
+        return {name: torch.zeros_like(value) for name, value in source_values(model, sites, pairs.clean[:1]).items()}
     totals: Store = {}
     for tokens in pairs.clean.split(batch_size or len(pairs)):
         for name, value in source_values(model, sites, tokens).items():

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.discovery.activations import Store, gradients, reader_gradients, source_differences, source_values
-from circuits.discovery.metrics import Metric, check_pairs, name_of, select
+from circuits.discovery.metrics import Metric, check_pairs, is_distance, name_of, select
 from circuits.discovery.sites import Sites, check_exact, sites_of
 from circuits.errors import BadInput
 from circuits.model import HookedModel
@@ -161,7 +161,8 @@ def effects_of(
         scores.append(total)
         if not bool(torch.isfinite(scores[-1]).all()):
             raise BadInput(_not_finite(sites, scores[-1], names, corrupt, clean))
-    if largest == 0:
+    # Rounding leaves a little of the zero gradient that a distance has at its minimum.
+    if largest == 0 or (is_distance(metric) and not on_path):
         where = "every point of the path" if on_path else "the clean inputs"
         raise BadInput(
             f"the gradient of metric {name_of(metric)} is zero at {where}: all scores would be zero. A divergence "

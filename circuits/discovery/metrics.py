@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from circuits.errors import BadInput
+from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
 
 Metric = Callable[[Float[Tensor, "batch d_vocab_out"], Pairs], Float[Tensor, " batch"]]
@@ -25,6 +28,104 @@ def log_probability(logits: Float[Tensor, "batch d_vocab_out"], pairs: Pairs) ->
     return logits.log_softmax(-1).gather(1, pairs.correct.to(logits.device)[:, None]).squeeze(1)
 
 
+@dataclass(frozen=True, eq=False)
+class Distance:
+    """A metric that says how far the logits are from those of the clean run: zero there, and never less."""
+
+    name: str
+    between: Callable[[Float[Tensor, "batch d_vocab_out"], Float[Tensor, "batch d_vocab_out"]], Float[Tensor, " batch"]]
+    """From clean and other logits to one number per example."""
+    reference: Float[Tensor, "row d_vocab_out"]
+    """The clean logits at the answer's position."""
+    row: Mapping[tuple[int, ...], int]
+    """Which row of the reference belongs to an example, by its clean tokens and its position."""
+    _found: WeakKeyDictionary[Pairs, Tensor] = field(default_factory=WeakKeyDictionary, repr=False)
+
+    @property
+    def __name__(self) -> str:
+        """The name under which the metric is reported, as a function's."""
+        return self.name
+
+    def __call__(self, logits: Float[Tensor, "batch d_vocab_out"], pairs: Pairs) -> Float[Tensor, " batch"]:
+        """Return each example's distance.
+
+        Raises:
+            BadInput: a clean input is not among those that the metric was made from.
+        """
+        if pairs not in self._found:
+            keys = _keys(pairs)
+            unknown = [key for key in keys if key not in self.row]
+            if unknown:
+                *tokens, position = unknown[0]
+                raise BadInput(
+                    f"{self.name} knows no clean output for tokens {tokens} at position {position}: make the "
+                    f"metric from all pairs that it is to be used on"
+                )
+            self._found[pairs] = torch.tensor([self.row[key] for key in keys], device=self.reference.device)
+        reference = self.reference[self._found[pairs]]
+        return self.between(reference.to(logits), logits)
+
+
+def _keys(pairs: Pairs) -> list[tuple[int, ...]]:
+    return [(*row, at) for row, at in zip(pairs.clean.tolist(), pairs.position.tolist(), strict=True)]
+
+
+def kl_divergence(model: HookedModel, pairs: Pairs, *, batch_size: int = 256) -> Distance:
+    """Return a metric: the divergence KL(clean || other), in nats, of the output distributions at the answer.
+
+    The clean model is run here, once; the metric finds an example's clean output again by its tokens.
+
+    Args:
+        model: The model in which edges will be ablated.
+        pairs: All pairs that the metric will be used on.
+        batch_size: Pairs at a time.
+
+    Source: Conmy et al. 2023, arXiv 2304.14997, section 3.2 (with the full model's output as the reference).
+    """
+
+    def between(clean: Tensor, other: Tensor) -> Tensor:
+        p, q = clean.log_softmax(-1), other.log_softmax(-1)
+        return (p.exp() * (p - q)).sum(-1)
+
+    return Distance("kl_divergence", between, *_clean_logits(model, pairs, batch_size))
+
+
+def squared_error(model: HookedModel, pairs: Pairs, *, batch_size: int = 256) -> Distance:
+    """Return a metric: the squared difference from the clean logits at the answer, averaged over the vocabulary.
+
+    Arguments are those of ``kl_divergence``.
+
+    Source: Miller, Chughtai and Saunders 2024, arXiv 2407.08734 (mean squared error as the measure of ACDC).
+    """
+
+    def between(clean: Tensor, other: Tensor) -> Tensor:
+        return (other - clean).pow(2).mean(-1)
+
+    return Distance("squared_error", between, *_clean_logits(model, pairs, batch_size))
+
+
+def _clean_logits(
+    model: HookedModel, pairs: Pairs, batch_size: int
+) -> tuple[Float[Tensor, "row d_vocab_out"], dict[tuple[int, ...], int]]:
+    check_pairs(pairs)
+    pairs = pairs.to(model.cfg.device)
+    first: dict[tuple[int, ...], int] = {}
+    for i, key in enumerate(_keys(pairs)):
+        first.setdefault(key, i)
+    chosen = torch.tensor(list(first.values()), device=pairs.clean.device)
+    found: list[Tensor] = []
+    with torch.no_grad():
+        for rows in chosen.split(batch_size):
+            logits = model(pairs.clean[rows])
+            found.append(logits[torch.arange(len(rows), device=logits.device), pairs.position[rows].to(logits.device)])
+    return torch.cat(found), {key: i for i, key in enumerate(first)}
+
+
+def is_distance(metric: Metric) -> bool:
+    """Return whether a metric grows as the output departs from the clean one, whichever way."""
+    return isinstance(metric, Distance)
+
+
 def measure(metric: Metric, logits: Float[Tensor, "batch pos d_vocab_out"], pairs: Pairs) -> Float[Tensor, " batch"]:
     """Return the metric of each example at the position of its answer.
 
@@ -32,7 +133,18 @@ def measure(metric: Metric, logits: Float[Tensor, "batch pos d_vocab_out"], pair
         BadInput: the metric does not give one number per example.
     """
     rows = torch.arange(len(pairs), device=logits.device)
-    values = metric(logits[rows, pairs.position.to(logits.device)], pairs)
+    return measure_at_answers(metric, logits[rows, pairs.position.to(logits.device)], pairs)
+
+
+def measure_at_answers(
+    metric: Metric, logits: Float[Tensor, "batch d_vocab_out"], pairs: Pairs
+) -> Float[Tensor, " batch"]:
+    """Return the metric of each example, from the logits at the position of its answer.
+
+    Raises:
+        BadInput: the metric does not give one number per example.
+    """
+    values = metric(logits, pairs)
     if not isinstance(values, Tensor) or values.shape != (len(pairs),):
         got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise BadInput(f"metric {name_of(metric)} returned {got}: expected one number for each of {len(pairs)} pairs")

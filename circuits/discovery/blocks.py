@@ -1,0 +1,283 @@
+"""A model as functions of its residual stream that can be run from any block on, checked against the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise, product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.discovery.activations import Store
+from circuits.discovery.sites import Sites
+from circuits.errors import UnsupportedModel
+from circuits.model import HookedModel, Transformer, module_of
+
+ALL = slice(None)
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """A rotary position embedding: x turns to x * cos + x[perm] * sin, coordinate by coordinate."""
+
+    cos: Float[Tensor, "pos d_head"]
+    sin: Float[Tensor, "pos d_head"]
+    perm: Int[Tensor, " d_head"]
+
+    def __call__(self, x: Float[Tensor, "*batch pos d_head"], at: slice = ALL) -> Float[Tensor, "*batch pos d_head"]:
+        """Return ``x`` turned as at the positions ``at``."""
+        at = slice(x.shape[-2]) if at == ALL else at
+        return x * self.cos[at] + x[..., self.perm] * self.sin[at]
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """How a block's heads get from queries, keys and values to what they read: softmax, or a mix with uniform."""
+
+    scale: float
+    causal: bool
+    share: float = 1.0
+    uniform: Float[Tensor, "pos pos"] | None = None
+    rotation: Rotation | None = None
+
+    def turn(self, x: Float[Tensor, "*batch pos d_head"], at: slice = ALL) -> Float[Tensor, "*batch pos d_head"]:
+        """Return queries or keys with their position's rotation."""
+        return x if self.rotation is None else self.rotation(x, at)
+
+    def weights(
+        self, q: Float[Tensor, "*batch query d_head"], k: Float[Tensor, "*batch pos d_head"], at: slice = ALL
+    ) -> Float[Tensor, "*batch query pos"]:
+        """Return the attention pattern of turned queries and keys."""
+        n = k.shape[-2]
+        scores = (q @ k.transpose(-1, -2)) * self.scale
+        if self.causal:
+            scores = scores + torch.full((n, n), -torch.inf, device=q.device, dtype=q.dtype).triu(1)[at]
+        pattern = scores.softmax(-1)
+        return pattern if self.uniform is None else self.share * pattern + (1 - self.share) * self.uniform[:n, :n][at]
+
+    def read(
+        self,
+        q: Float[Tensor, "row head query d_head"],
+        k: Float[Tensor, "row head pos d_head"],
+        v: Float[Tensor, "row head pos d_head"],
+        at: slice = ALL,
+    ) -> Float[Tensor, "row head query d_head"]:
+        """Return what each head reads at the queries ``at``, from turned queries and keys."""
+        if self.uniform is None and (at == ALL or not self.causal or at == slice(k.shape[2] - 1, k.shape[2])):
+            # a query at the last position sees every key
+            causal = self.causal and at == ALL
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=self.scale)
+        return self.weights(q, k, at) @ v
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """A model in parts: every function takes and returns tensors of shape [row, pos, ...] and changes nothing."""
+
+    model: HookedModel
+    sites: Sites
+    patterns: tuple[Pattern, ...]
+
+    @cached_property
+    def parallel(self) -> bool:
+        """Whether an MLP reads what its own block's attention reads."""
+        return bool(getattr(self.model.cfg, "parallel_attn_mlp", False))
+
+    @property
+    def causal(self) -> bool:
+        """Whether no position sees a later one."""
+        return all(pattern.causal for pattern in self.patterns)
+
+    @cached_property
+    def _projections(self) -> list[tuple[Tensor, Tensor | None]]:
+        """W_Q, W_K and W_V of each layer as one matrix, and their biases."""
+        out: list[tuple[Tensor, Tensor | None]] = []
+        for layer in self.sites.layers:
+            weight = torch.cat([W.transpose(1, 2).flatten(0, 1) for W in layer.W])
+            if all(b is None for b in layer.b):
+                out.append((weight, None))
+                continue
+            biases = [W.new_zeros(W.shape[::2]) if b is None else b for W, b in zip(layer.W, layer.b, strict=True)]
+            out.append((weight, torch.cat([b.flatten() for b in biases]).to(weight)))
+        return out
+
+    def norm(self, i: int, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Return what the attention of block ``i`` reads of the stream ``x``."""
+        norm, shape = self.sites.layers[i].norm, x.shape[-1:]
+        if norm.kind is None:
+            return x
+        if norm.kind == "LN":
+            return F.layer_norm(x, shape, norm.weight, norm.bias, norm.eps)
+        y = F.rms_norm(x, shape, norm.weight, norm.eps)
+        return y if norm.bias is None else y + norm.bias
+
+    def project(
+        self, i: int, x: Float[Tensor, "row pos d_model"], which: tuple[int, ...] = (0, 1, 2), at: slice = ALL
+    ) -> list[Float[Tensor, "row _ pos d_head"]]:
+        """Return q (0), k (1) and v (2) of block ``i``, or some, by head and turned, from what ``norm`` gives."""
+        weight, bias = self._projections[i]
+        sizes = [W.shape[0] * W.shape[2] for W in self.sites.layers[i].W]
+        first, last = sum(sizes[: which[0]]), sum(sizes[: which[-1] + 1])
+        y = F.linear(x, weight[first:last], None if bias is None else bias[first:last])
+        d_head = self.sites.layers[i].W[0].shape[2]
+        parts = [p.unflatten(-1, (-1, d_head)).transpose(1, 2) for p in y.split([sizes[j] for j in which], -1)]
+        return [p if j == 2 else self.patterns[i].turn(p, at) for j, p in zip(which, parts, strict=True)]
+
+    def share(self, i: int, k: Float[Tensor, "row _ pos d_head"]) -> Float[Tensor, "row head pos d_head"]:
+        """Return keys or values once per query head."""
+        group = self.group(i)
+        return k if group == 1 else k.repeat_interleave(group, dim=1)
+
+    def group(self, i: int) -> int:
+        """Number of query heads that share a key head."""
+        W_Q, W_K, _ = self.sites.layers[i].W
+        return W_Q.shape[0] // W_K.shape[0]
+
+    def write(self, i: int, z: Float[Tensor, "row head pos d_head"]) -> Float[Tensor, "row pos d_model"]:
+        """Return what the attention of block ``i`` adds to the stream."""
+        layer = self.sites.layers[i]
+        return F.linear(z.transpose(1, 2).flatten(2), layer.W_O.flatten(0, 1).T, layer.b_O)
+
+    def mlp(self, i: int, x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
+        """Return what the MLP of block ``i`` adds to the stream where it reads ``x``."""
+        block = module_of(self.model, f"blocks.{i}")
+        return block.mlp(block.ln2(x))
+
+    def has_mlp(self, i: int) -> bool:
+        """Whether block ``i`` has an MLP."""
+        return self.sites.layers[i].mlp_out is not None
+
+    def block(self, i: int, x: Float[Tensor, "row pos d_model"], at: slice = ALL) -> Float[Tensor, "row _ d_model"]:
+        """Return the stream after block ``i``, at the positions ``at``, where ``x`` is the stream before it."""
+        y = self.norm(i, x)
+        if at == ALL:
+            q, k, v = self.project(i, y)
+        else:
+            (q,) = self.project(i, y[:, at], (0,), at)
+            k, v = self.project(i, y, (1, 2))
+        z = self.patterns[i].read(q, self.share(i, k), self.share(i, v), at)
+        middle = x[:, at] + self.write(i, z)
+        if not self.has_mlp(i):
+            return middle
+        return middle + self.mlp(i, x[:, at] if self.parallel else middle)
+
+    def finish(self, i: int, x: Float[Tensor, "row pos d_model"], position: int) -> Float[Tensor, "row d_vocab_out"]:
+        """Return the logits at ``position``, where ``x`` is the stream before block ``i`` (after the last: there)."""
+        last = len(self.sites.layers) - 1
+        for j in range(i, last):
+            x = self.block(j, x)
+        if i <= last:
+            x = self.block(last, x, slice(position, position + 1))
+        return self.logits(x)[:, 0]
+
+    def logits(self, x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_vocab_out"]:
+        """Return the logits of a final stream."""
+        return module_of(self.model, "unembed")(module_of(self.model, "ln_final")(x))
+
+
+def blocks_of(model: HookedModel, sites: Sites, tokens: Int[Tensor, "batch pos"]) -> Blocks:
+    """Return a model in parts, each of which gives on ``tokens`` what the model itself gives.
+
+    Raises:
+        UnsupportedModel: a part is something else, such as an attention that is not a softmax of scaled products; the
+            message names it.
+    """
+    points: Mapping[str, Any] = getattr(model, "hook_dict", {})
+    rotary = [f"blocks.{i}.attn.hook_{name}" for i in range(len(sites.layers)) for name in ("cos", "sin")]
+    values, logits = activations_at(model, [*sites.all_hooks, *(name for name in rotary if name in points)], tokens)
+    n = tokens.shape[1]
+    with torch.no_grad():
+        if isinstance(model, Transformer):
+            patterns = [_own_pattern(block.attn, values[sites.embed], n) for block in model.blocks]
+        else:
+            patterns = [_found_pattern(model, sites, i, values) for i in range(len(sites.layers))]
+        blocks = Blocks(model, sites, tuple(patterns))
+        streams = [*(values[layer.resid] for layer in sites.layers), values[sites.final]]
+        for i, (before, after) in enumerate(pairwise(streams)):
+            one = slice(n - 1, n)
+            for at in (ALL, one):
+                if not _same(blocks.block(i, before, at), after[:, at]):
+                    raise UnsupportedModel(f"blocks.{i} does more than attention and an MLP that add to the stream")
+        if not _same(blocks.logits(streams[-1]), logits):
+            raise UnsupportedModel("the logits are not the unembedding of the final norm")
+    return blocks
+
+
+def activations_at(
+    model: HookedModel, names: Sequence[str], tokens: Int[Tensor, "batch pos"]
+) -> tuple[Store, Float[Tensor, "batch pos d_vocab_out"]]:
+    """Return the activations of a plain run at some hooks, and its logits, without gradients."""
+    store: Store = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(tensor: Tensor, *, hook: Any) -> None:
+            store[name] = tensor
+
+        return hook
+
+    with torch.no_grad(), model.hooks(fwd_hooks=[(name, keep(name)) for name in names]):
+        logits = model(tokens)
+    return store, logits
+
+
+def _same(got: Tensor, expected: Tensor) -> bool:
+    if got.shape != expected.shape:
+        return False
+    tolerance = 1e-4 if got.dtype in (torch.float32, torch.float64) else 3e-2
+    difference = (got.double() - expected.double()).norm()
+    return not bool(difference > tolerance * expected.double().norm() + 1e-6)
+
+
+def _own_pattern(attn: Any, like: Tensor, n: int) -> Pattern:
+    if attn.share == 1:
+        return Pattern(attn.scale, attn.mask is not None)
+    visible = like.new_ones(n, n)
+    visible = visible if attn.mask is None else visible.tril()
+    weight = attn.uniform_weight
+    uniform = visible / visible.sum(-1, keepdim=True) if weight is None else visible * weight
+    return Pattern(attn.scale, attn.mask is not None, attn.share, uniform)
+
+
+def _found_pattern(model: HookedModel, sites: Sites, i: int, values: Store) -> Pattern:
+    """Return the pattern that turns this block's queries, keys and values into what its heads read."""
+    layer = sites.layers[i]
+    q, k, v = (values[name].transpose(1, 2) for name in layer.qkv)
+    group, (n, d_head) = q.shape[1] // k.shape[1], q.shape[2:]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scales = [d_head**-0.5, 1.0]
+    given = getattr(model.cfg, "attn_scale", None)
+    if isinstance(given, float | int) and given > 0:
+        scales.append(1 / given)
+    for rotation, causal, scale in product(_rotations(i, values, n, d_head), (True, False), scales):
+        pattern = Pattern(scale, causal, rotation=rotation)
+        if _same(pattern.read(pattern.turn(q), pattern.turn(k), v).transpose(1, 2), values[layer.z]):
+            return pattern
+    raise UnsupportedModel(f"the attention of blocks.{i} is not a softmax of scaled, perhaps rotated, products")
+
+
+def _rotations(i: int, values: Store, n: int, d_head: int) -> list[Rotation | None]:
+    """The ways in which a rotary embedding may be laid out: in halves, or in neighbouring coordinates."""
+    if f"blocks.{i}.attn.hook_cos" not in values:
+        return [None]
+    cos, sin = (
+        values[f"blocks.{i}.attn.hook_{name}"].reshape(-1, n, values[f"blocks.{i}.attn.hook_{name}"].shape[-1])[0]
+        for name in ("cos", "sin")
+    )
+    turned = cos.shape[-1]
+    index = torch.arange(d_head, device=cos.device)
+    rest = d_head - turned
+    first = index[:turned]
+    halves = (first + turned // 2) % turned
+    neighbours = first ^ 1
+    out: list[Rotation | None] = []
+    for partner, sign in ((halves, first < turned // 2), (neighbours, first % 2 == 0)):
+        signed = torch.where(sign, -sin, sin)
+        out.append(
+            Rotation(F.pad(cos, (0, rest), value=1.0), F.pad(signed, (0, rest)), torch.cat([partner, index[turned:]]))
+        )
+    return [*out, None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from circuits.discovery.acdc import acdc
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.clean_corrupted import clean_corrupted
 from circuits.discovery.completeness import Completeness, completeness, minimality
@@ -45,6 +46,7 @@ __all__ = [
     "HypothesisTest",
     "Stability",
     "ablated_metric",
+    "acdc",
     "attribute",
     "clean_corrupted",
     "completeness",
@@ -80,6 +82,7 @@ METHODS: Mapping[str, Callable[..., Circuit]] = {
     "information-flow-routes": information_flow_routes,
     "hisp": hisp,
     "exact": exact,
+    "acdc": acdc,
 }
 
 

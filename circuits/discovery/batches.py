@@ -124,7 +124,7 @@ def _patching(setting: Setting, blocks: Blocks, rows: Tensor, position: int, len
         others = part.clean if setting.denoising else part.corrupt
         replaced: Mapping[str, Tensor] = source_values(model, sites, others[:, :length])
     else:
-        replaced = {name: _fitting(t, rows, length) for name, t in setting.replaced.items()}
+        replaced = {name: fitting(t, rows, length) for name, t in setting.replaced.items()}
     changes = source_differences(sites, replaced, values)
     for name, change in zip(sites.graph.sources, changes, strict=True):
         if not bool(torch.isfinite(change).all()):
@@ -138,7 +138,8 @@ def _patching(setting: Setting, blocks: Blocks, rows: Tensor, position: int, len
     return Patching(blocks, values, changes.to(values[sites.embed].dtype), position, measured, chunk)
 
 
-def _fitting(tensor: Tensor, rows: Tensor, length: int) -> Tensor:
+def fitting(tensor: Tensor, rows: Tensor, length: int) -> Tensor:
+    """Return the part of a replacement that belongs to some pairs and to the first positions."""
     tensor = tensor if tensor.shape[0] == 1 else tensor[rows]
     return tensor if tensor.shape[1] == 1 else tensor[:, :length]
 
@@ -185,7 +186,7 @@ def whole_effects(
         if replaced is None:
             replaced = source_values(setting.model, sites, part.clean if setting.denoising else part.corrupt)
         else:
-            replaced = {name: _fitting(t, rows, pairs.clean.shape[1]) for name, t in replaced.items()}
+            replaced = {name: fitting(t, rows, pairs.clean.shape[1]) for name, t in replaced.items()}
         none = ablated_logits(setting.model, sites, setting.tokens[rows], replaced, torch.ones_like(change[:1]))
         base = measure(setting.metric, none[0], part)
         at = 0

@@ -128,6 +128,17 @@ class Blocks:
         parts = [p.unflatten(-1, (-1, d_head)).transpose(1, 2) for p in y.split([sizes[j] for j in which], -1)]
         return [p if j == 2 else self.patterns[i].turn(p, at) for j, p in zip(which, parts, strict=True)]
 
+    def project_each(
+        self, i: int, which: int, heads: list[int], x: list[Float[Tensor, "set batch pos d_model"]], at: slice = ALL
+    ) -> Float[Tensor, "head set batch pos d_head"]:
+        """Return q (0), k (1) or v (2) of some heads of block ``i``, turned, each from a stream of its own."""
+        layer = self.sites.layers[i]
+        y = self.norm(i, torch.stack(x))
+        out = torch.bmm(y.flatten(1, 3), layer.W[which][heads].to(y.dtype)).view(*y.shape[:-1], -1)
+        b = layer.b[which]
+        out = out if b is None else out + b[heads][:, None, None, None]
+        return out if which == 2 else self.patterns[i].turn(out, at)
+
     def share(self, i: int, k: Float[Tensor, "row _ pos d_head"]) -> Float[Tensor, "row head pos d_head"]:
         """Return keys or values once per query head."""
         group = self.group(i)

@@ -86,15 +86,15 @@ def _effects(
     return out
 
 
-def check_effects(setting: Setting, effects: Float[Tensor, "pair part"]) -> None:
-    """Check that effects are numbers, and that the metric looked at the logits at all.
+def check_effects(setting: Setting, effects: Float[Tensor, "pair part"], *, moved: bool = False) -> None:
+    """Check that effects are numbers, and that the metric looked at the logits at all (unless known: ``moved``).
 
     Raises:
         BadInput: they are not, or it did not.
     """
     if not bool(torch.isfinite(effects).all()):
         raise BadInput(f"metric {name_of(setting.metric)} gave a number that is not finite: check it and the weights")
-    if not bool(effects.any()):
+    if not (moved or bool(effects.any())):
         raise BadInput(
             f"no ablation changes metric {name_of(setting.metric)} at all: expected one that depends on the logits "
             f"(and pairs whose answer hangs on what they change)"

@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import torch
 
-from circuits.discovery import Graph, ablated_metric, eap, eap_ig_inputs
+from circuits.discovery import Graph, ablated_metric, acdc, eap, eap_ig_inputs, exact, kl_divergence
 from circuits.model import ModelConfig, Transformer
 from circuits.tasks.base import Pairs
 
@@ -52,10 +52,13 @@ def cases(config: ModelConfig, n: int) -> dict[str, Callable[[], object]]:
         with torch.no_grad():
             model(pairs.clean)
 
+    divergence = kl_divergence(model, pairs)
     return {
         "forward": forward,
         "eap": lambda: eap(model, pairs),
         "eap-ig-inputs": lambda: eap_ig_inputs(model, pairs, steps=5),
+        "exact": lambda: exact(model, pairs),
+        "acdc": lambda: acdc(model, pairs, divergence, tau=0.01),
         "ablation of half the edges": lambda: ablated_metric(model, pairs, half),
     }
 

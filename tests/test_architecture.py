@@ -131,7 +131,11 @@ def test_files_and_functions_stay_short(path: Path) -> None:
     assert text.count("\n") <= 450, "split the file"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert (node.end_lineno or 0) - node.lineno + 1 <= 70, f"{node.name} at line {node.lineno}: split it"
+            first = node.body[0]
+            documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+            text_lines = (first.end_lineno or 0) - first.lineno + 1 if documented else 0
+            lines = (node.end_lineno or 0) - node.lineno + 1 - text_lines
+            assert lines <= 55, f"{node.name} at line {node.lineno} has {lines} lines beside its docstring: split it"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)

@@ -18,6 +18,7 @@ from circuits.discovery.eap import eap
 from circuits.discovery.eap_ig_activations import eap_ig_activations
 from circuits.discovery.eap_ig_inputs import eap_ig_inputs
 from circuits.discovery.edge_accuracy import EdgeAccuracy, edge_accuracy
+from circuits.discovery.edge_pruning import edge_pruning
 from circuits.discovery.evaluate import MIB_SHARES, ablated_metric, faithfulness
 from circuits.discovery.exact import exact
 from circuits.discovery.exact_nodes import exact_nodes
@@ -28,8 +29,11 @@ from circuits.discovery.information_flow_routes import information_flow_routes
 from circuits.discovery.mask_ig import mask_gradient, mask_ig
 from circuits.discovery.metrics import kl_divergence, log_probability, logit_difference, squared_error
 from circuits.discovery.nodes import node_attribution
+from circuits.discovery.optimal_ablation import optimal_constants
 from circuits.discovery.random_circuits import random_circuits
 from circuits.discovery.stability import Stability, stability
+from circuits.discovery.subnetwork_probing import subnetwork_probing
+from circuits.discovery.uniform_gradient_sampling import uniform_gradient_sampling
 from circuits.errors import UnknownName
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
@@ -54,6 +58,7 @@ __all__ = [
     "eap_ig_activations",
     "eap_ig_inputs",
     "edge_accuracy",
+    "edge_pruning",
     "exact",
     "exact_nodes",
     "faithfulness",
@@ -67,9 +72,12 @@ __all__ = [
     "mask_ig",
     "minimality",
     "node_attribution",
+    "optimal_constants",
     "random_circuits",
     "squared_error",
     "stability",
+    "subnetwork_probing",
+    "uniform_gradient_sampling",
 ]
 
 METHODS: Mapping[str, Callable[..., Circuit]] = {
@@ -83,6 +91,9 @@ METHODS: Mapping[str, Callable[..., Circuit]] = {
     "hisp": hisp,
     "exact": exact,
     "acdc": acdc,
+    "subnetwork-probing": subnetwork_probing,
+    "edge-pruning": edge_pruning,
+    "uniform-gradient-sampling": uniform_gradient_sampling,
 }
 
 

@@ -19,7 +19,12 @@ ABLATIONS = ("corrupt", "mean", "zero")
 
 
 def replacement(
-    model: HookedModel, sites: Sites, pairs: Pairs, ablation: str, *, batch_size: int | None = None
+    model: HookedModel,
+    sites: Sites,
+    pairs: Pairs,
+    ablation: str | Mapping[str, Tensor],
+    *,
+    batch_size: int | None = None,
 ) -> Store:
     """Return what the sources give to an ablated edge, by hook name.
 
@@ -28,12 +33,17 @@ def replacement(
         sites: Its sources and readers.
         pairs: Clean and corrupt inputs.
         ablation: ``corrupt``: each pair's own activation on its corrupt input; ``mean``: at each position, the mean
-            activation over the clean inputs; ``zero``: nothing.
+            activation over the clean inputs; ``zero``: nothing; or constants as from ``optimal_constants``.
         batch_size: Inputs at a time, of the mean; None for all.
 
     Raises:
         UnknownName: no such ablation.
+        BadInput: constants are given, but not for every source.
     """
+    if not isinstance(ablation, str):
+        if missing := [name for name in sites.source_hooks if name not in ablation]:
+            raise BadInput(f"the constants lack {missing[0]}: expected one for each of {', '.join(sites.source_hooks)}")
+        return dict(ablation)
     if ablation not in ABLATIONS:
         raise UnknownName("ablation", ablation, ABLATIONS)
     if ablation == "corrupt":
@@ -46,6 +56,11 @@ def replacement(
             part = value.sum(0, keepdim=True)
             totals[name] = totals[name] + part if name in totals else part
     return {name: total / len(pairs) for name, total in totals.items()}
+
+
+def name_of_ablation(ablation: str | Mapping[str, Tensor]) -> str:
+    """Return the name under which an ablation is reported."""
+    return ablation if isinstance(ablation, str) else "constants"
 
 
 def ablated_logits(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
@@ -65,7 +65,7 @@ def completeness(
     pairs: Pairs,
     metric: Metric = logit_difference,
     *,
-    ablation: str = "corrupt",
+    ablation: str | Mapping[str, Tensor] = "corrupt",
     n_random: int = 32,
     greedy_steps: int = 8,
     greedy_candidates: int = 10,
@@ -137,7 +137,7 @@ def minimality(
     pairs: Pairs,
     metric: Metric = logit_difference,
     *,
-    ablation: str = "corrupt",
+    ablation: str | Mapping[str, Tensor] = "corrupt",
     seed: int = 0,
     progress: bool = False,
 ) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ def ablated_metric(
     keep: Bool[Tensor, "set edge"],
     *,
     metric: Metric = logit_difference,
-    ablation: str = "corrupt",
+    ablation: str | Mapping[str, Tensor] = "corrupt",
     progress: bool = False,
 ) -> Float[Tensor, "set pair"]:
     """Return the metric of every pair's clean input in the model that keeps only some edges, for each set of edges.
@@ -44,7 +44,8 @@ def ablated_metric(
         keep: Which edges of ``Graph.from_model(model)`` keep their source's output of this very run.
         metric: One number per pair.
         ablation: What the other edges carry: ``corrupt``: their source's output on the corrupt input; ``mean``: its
-            mean over the clean inputs, position by position.
+            mean over the clean inputs, position by position; ``zero``: nothing; or constants, by hook name, as from
+            ``optimal_constants``.
         progress: Whether to show a bar.
 
     Raises:
@@ -90,7 +91,7 @@ def faithfulness(
     pairs: Pairs,
     *,
     metric: Metric = logit_difference,
-    ablation: str = "corrupt",
+    ablation: str | Mapping[str, Tensor] = "corrupt",
     shares: Sequence[float] | None = None,
     n_random: int = 8,
     seed: int = 0,
@@ -143,7 +144,11 @@ def faithfulness(
     unique, back = torch.unique(keep, dim=0, return_inverse=True)
     values = ablated_metric(model, pairs, unique, metric=metric, ablation=ablation, progress=progress)
     table = values[back.to(values.device)].double().cpu().numpy()
-    names = {"method": circuit.method, "metric": name_of(metric), "ablation": ablation}
+    names = {
+        "method": circuit.method,
+        "metric": name_of(metric),
+        "ablation": ablation if isinstance(ablation, str) else "constants",
+    }
     return summarise(table, curves, keep.sum(1).tolist(), n_edges=graph.n_edges, seed=seed, **names)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Literal
@@ -80,7 +80,7 @@ def hypothesis_tests(
     pairs: Pairs,
     metric: Metric = logit_difference,
     *,
-    ablation: str = "corrupt",
+    ablation: str | Mapping[str, Tensor] = "corrupt",
     epsilon: float = 0.1,
     quantile: float = 0.9,
     n_random: int = 100,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -23,7 +25,7 @@ def mask_gradient(
     pairs: Pairs,
     metric: Metric = logit_difference,
     *,
-    ablation: str = "corrupt",
+    ablation: str | Mapping[str, Tensor] = "corrupt",
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -60,7 +62,7 @@ def mask_ig(
     metric: Metric = logit_difference,
     *,
     steps: int = 5,
-    ablation: str = "corrupt",
+    ablation: str | Mapping[str, Tensor] = "corrupt",
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -104,7 +106,7 @@ def _circuit(
     metric: Metric,
     points: list[float],
     method: str,
-    ablation: str,
+    ablation: str | Mapping[str, Tensor],
     batch_size: int | None,
     progress: bool,
 ) -> Circuit:
@@ -130,7 +132,12 @@ def _circuit(
             f"the gradient of metric {name_of(metric)} is zero at every point: all scores would be zero. A divergence "
             f"from the clean output does that at the clean point; take logit_difference or log_probability"
         )
-    details = {"pairs": len(pairs), "changed": pairs.changed, "ablation": ablation, "points": points}
+    details = {
+        "pairs": len(pairs),
+        "changed": pairs.changed,
+        "ablation": ablation if isinstance(ablation, str) else "constants",
+        "points": points,
+    }
     return Circuit.of_effects(sites.graph, found, method=method, metric=name_of(metric), details=details)
 
 

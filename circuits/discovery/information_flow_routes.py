@@ -29,7 +29,7 @@ def information_flow_routes(
     """Return every edge's share in what its reader sees on the clean inputs; no gradient, and no corrupt run.
 
     With y the reader's input, the sum of the sources a_u that it sees and of biases, the importance of u at a
-    position is max(0, |y| - |y - a_u|) in the L1 norm, divided by the sum of that over all sources (zero where no
+    position is ``max(0, |y| - |y - a_u|)`` in the L1 norm, divided by the sum of that over all sources (zero where no
     source has any); scores are means over positions and pairs. It costs one forward. The metric has no part in it,
     and scores have no sign.
 

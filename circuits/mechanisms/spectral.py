@@ -31,10 +31,10 @@ class Projection:
 def frequency_basis(
     a: Int[Tensor, " rows"], b: Int[Tensor, " rows"], frequency: int, modulus: int
 ) -> Float[Tensor, "rows 4"]:
-    """Columns {cos, sin} w(a+b) times {1, |cos w(a-b)/2|}.
+    """Columns {cos, sin} w(a+b) times ``{1, |cos w(a-b)/2|}``.
 
     Source: Nanda et al. 2023 (arXiv 2301.05217), section 4.1, for the first two; Zhong et al. 2023
-    (arXiv 2306.17844), section 4, for the factor |cos w(a-b)/2| that the logits of a pizza network carry.
+    (arXiv 2306.17844), section 4, for the factor ``|cos w(a-b)/2|`` that the logits of a pizza network carry.
     """
     total, difference = angle(a + b, frequency, modulus), angle(a - b, frequency, modulus)
     modulation = (difference / 2).cos().abs()

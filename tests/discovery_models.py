@@ -74,6 +74,12 @@ class Naive:
         softmax = scores.masked_fill(seen == 0, -math.inf).softmax(-1)
         return self.c.softmax_share * softmax + (1 - self.c.softmax_share) * seen / seen.sum(-1, keepdim=True)
 
+    def value(self, v: Tensor) -> Tensor:
+        return v
+
+    def mlp(self, mlp: Any, x: Tensor) -> Tensor:
+        return mlp(x)
+
     def run(
         self, tokens: Tensor, mask: Tensor, other: list[Tensor] | None = None, embed: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
@@ -98,11 +104,11 @@ class Naive:
                     x[n] @ getattr(attn, f"W_{n}")[h] + (getattr(attn, f"b_{n}")[h] if self.c.attn_bias else 0)
                     for n in "QKV"
                 )
-                heads.append(self.pattern(q, k) @ v @ attn.W_O[h])
+                heads.append(self.pattern(q, k) @ self.value(v) @ attn.W_O[h])
             written += heads
             constant = constant + attn.b_O if self.c.attn_bias else constant
             if not self.c.attn_only:
-                written.append(block.mlp(self.norm(read(f"m{layer}"), block.ln2)))
+                written.append(self.mlp(block.mlp, self.norm(read(f"m{layer}"), block.ln2)))
         return m.unembed(self.norm(read("logits"), m.ln_final)), written
 
     def gradient(self, pairs: Pairs, point: float = 1.0) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from circuits.discovery.acdc import acdc
+from circuits.discovery.attention_patterns import PatternAttribution, attention_patterns
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.clean_corrupted import clean_corrupted
 from circuits.discovery.completeness import Completeness, completeness, minimality
@@ -22,6 +23,7 @@ from circuits.discovery.edge_pruning import edge_pruning
 from circuits.discovery.evaluate import MIB_SHARES, ablated_metric, faithfulness
 from circuits.discovery.exact import exact
 from circuits.discovery.exact_nodes import exact_nodes
+from circuits.discovery.gradient_rules import GIM, RELP, RULES, GradientRules
 from circuits.discovery.graph import Graph
 from circuits.discovery.hisp import hisp
 from circuits.discovery.hypothesis_tests import CircuitTests, HypothesisTest, hypothesis_tests
@@ -39,18 +41,24 @@ from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
 
 __all__ = [
+    "GIM",
     "METHODS",
     "MIB_SHARES",
+    "RELP",
+    "RULES",
     "Circuit",
     "CircuitTests",
     "Completeness",
     "EdgeAccuracy",
     "Faithfulness",
+    "GradientRules",
     "Graph",
     "HypothesisTest",
+    "PatternAttribution",
     "Stability",
     "ablated_metric",
     "acdc",
+    "attention_patterns",
     "attribute",
     "clean_corrupted",
     "completeness",

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits.discovery.gradient_rules import GradientRules, Rewriting
 from circuits.discovery.metrics import Metric, measure, name_of
 from circuits.discovery.sites import Layer, Sites, check_exact
 from circuits.errors import BadInput
@@ -20,7 +21,7 @@ Store = dict[str, Tensor]
 
 def source_values(model: HookedModel, sites: Sites, tokens: Int[Tensor, "batch pos"]) -> Store:
     """Return the activations that determine every source's output, by hook name, without gradients."""
-    return _values_at(model, sites.source_hooks, tokens)
+    return values_at(model, sites.source_hooks, tokens)
 
 
 def check_model(model: HookedModel, sites: Sites, tokens: Int[Tensor, "batch pos"]) -> None:
@@ -29,10 +30,11 @@ def check_model(model: HookedModel, sites: Sites, tokens: Int[Tensor, "batch pos
     Raises:
         UnsupportedModel: naming the first place where the model does something else.
     """
-    check_exact(sites, _values_at(model, sites.all_hooks, tokens[:1]))
+    check_exact(sites, values_at(model, sites.all_hooks, tokens[:1]))
 
 
-def _values_at(model: HookedModel, names: Sequence[str], tokens: Int[Tensor, "batch pos"]) -> Store:
+def values_at(model: HookedModel, names: Sequence[str], tokens: Int[Tensor, "batch pos"]) -> Store:
+    """Return the activations at some hooks, by name, without gradients."""
     store: Store = {}
     with torch.no_grad(), model.hooks(fwd_hooks=[(name, _keep(store, name)) for name in names]):
         model(tokens)
@@ -48,6 +50,7 @@ def gradients(
     *,
     at: Sequence[str],
     replaced: Mapping[str, Tensor] | None = None,
+    rules: GradientRules | None = None,
 ) -> tuple[Store, Store]:
     """Return the activations of a run, and the gradient of each example's metric at the hooks ``at``.
 
@@ -61,9 +64,11 @@ def gradients(
         metric: One number per example.
         at: The hooks at which gradients are wanted.
         replaced: Activations to put in place of the model's own, by hook name.
+        rules: Where the backward departs from the chain rule.
 
     Raises:
         BadInput: the metric does not depend on the logits.
+        UnsupportedModel: a rule cannot take hold in this model.
     """
     store: Store = {}
     given = replaced or {}
@@ -73,14 +78,25 @@ def gradients(
         store[sites.embed] = given.get(sites.embed, tensor).detach().requires_grad_()
         return store[sites.embed]
 
-    hooks = [(name, _branch(store, name, given.get(name))) for name in sites.all_hooks if name != sites.embed]
+    hooks = [
+        (name, _branch(store, name, given.get(name)))
+        for name in {**dict.fromkeys(sites.all_hooks), **dict.fromkeys(at)}
+        if name != sites.embed
+    ]
     with torch.inference_mode(False), torch.enable_grad():
-        with model.hooks(fwd_hooks=[(sites.embed, start), *hooks]):
+        rewriting = Rewriting(rules or GradientRules(), model, sites)
+        with (
+            rewriting.attached() as (before, after),
+            model.hooks(fwd_hooks=[(sites.embed, start), *before, *hooks, *after]),
+        ):
             logits = model(tokens)
         total = measure(metric, logits, pairs).sum()
         if not total.requires_grad:
             raise BadInput(f"metric {name_of(metric)} does not depend on the logits: expected a differentiable one")
         found = torch.autograd.grad(total, [store[name] for name in at], allow_unused=True)
+    if not given:
+        # Where an activation is put in place, what lies before it has no gradient to rule.
+        rewriting.check(name for name, gradient in zip(at, found, strict=True) if gradient is None)
     values = {name: tensor.detach() for name, tensor in store.items()}
     return values, {n: torch.zeros_like(values[n]) if g is None else g for n, g in zip(at, found, strict=True)}
 
@@ -96,7 +112,9 @@ def _branch(store: Store, name: str, given: Tensor | None) -> Callable[..., Tens
     """A hook that passes its value on as a view, which is what lies downstream even where the hook converts shapes."""
 
     def hook(tensor: Tensor, *, hook: Any) -> Tensor:
-        value = tensor if given is None else given.detach().requires_grad_()
+        value = tensor if given is None else given
+        if given is not None or not tensor.requires_grad:
+            value = value.detach().requires_grad_()
         store[name] = value.view_as(value)
         return store[name]
 
@@ -137,8 +155,8 @@ def reader_gradients(
     """Return the gradient at the residual input of each q, k and v of layer ``i``, from those at q, k and v.
 
     With y = (x - mean) / s the standardised input, the gradient g of q goes back to
-    (t - y (y . t) / d_model) / s, where t = W g is centred for LayerNorm. Since W^T y is q without its offset,
-    y . t costs one product per head and not one per model dimension.
+    (t - y (y . t) / d_model) / s, where t = W g is centred for LayerNorm; to t / s where the norm is frozen.
+    Since W^T y is q without its offset, y . t costs one product per head and not one per model dimension.
 
     Source: the Jacobian of LayerNorm (Ba et al. 2016, arXiv 1607.06450, equation 3) and RMSNorm (Zhang and
     Sennrich 2019, arXiv 1910.07467, equation 4), with the affine part folded into the weights.
@@ -157,7 +175,7 @@ def reader_gradients(
             grad = grad * inverse[..., None]
         block = out[at : at + count]
         torch.bmm(grad.flatten(0, 1).transpose(0, 1), W.to(dtype), out=block)
-        if layer.norm.kind is not None:
+        if layer.norm.kind is not None and not layer.norm.frozen:
             value = values[name].to(dtype)
             along = ((value if offset is None else value - offset) * grad).sum(-1) / d_model
             block.addcmul_(along.flatten(0, 1).T[..., None], standardised.view(1, n, d_model), value=-1)

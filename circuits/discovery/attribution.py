@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.discovery.activations import Store, gradients, reader_gradients, source_differences, source_values
+from circuits.discovery.activations import Store, gradients, reader_gradients, source_differences, values_at
+from circuits.discovery.gradient_rules import GradientRules, ruled_sites, rules_of
 from circuits.discovery.metrics import Metric, check_pairs, is_distance, name_of, select
 from circuits.discovery.sites import Sites, check_exact, sites_of
 from circuits.errors import BadInput
@@ -46,6 +47,7 @@ def edge_effects(
     metric: Metric,
     points: Sequence[float],
     *,
+    rules: GradientRules | str | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> tuple[Sites, Float[Tensor, "pair edge"]]:
@@ -57,12 +59,14 @@ def edge_effects(
         metric: One number per pair.
         points: Where gradients are taken and averaged: at t the token embedding is corrupt + t (clean - corrupt),
             so 1.0 is the clean run.
+        rules: Where gradients depart from the chain rule: a set of ``RULES`` by name, or one's own.
         batch_size: Pairs at a time.
         progress: Whether to show a bar.
 
     Raises:
         BadInput: the pairs do not line up, the metric is constant, or a score is not finite.
-        UnsupportedModel: the model has a part that edges cannot represent.
+        UnknownName: no set of rules has this name.
+        UnsupportedModel: the model has a part that edges cannot represent, or that a rule cannot.
     """
     sites = sites_of(model)
     names = [f"edge {source} -> {reader}" for source, reader in sites.graph.edges]
@@ -74,6 +78,7 @@ def edge_effects(
         along_inputs(points, _edge_product),
         at=sites.reader_hooks,
         names=names,
+        rules=rules,
         batch_size=batch_size,
         progress=progress,
     )
@@ -86,6 +91,7 @@ def source_effects(
     metric: Metric,
     points: Sequence[float],
     *,
+    rules: GradientRules | str | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> tuple[Sites, Float[Tensor, "pair source"]]:
@@ -103,6 +109,7 @@ def source_effects(
         along_inputs(points, _source_product),
         at=sites.source_hooks,
         names=names,
+        rules=rules,
         batch_size=batch_size,
         progress=progress,
     )
@@ -118,6 +125,8 @@ def effects_of(
     *,
     at: Sequence[str],
     names: Sequence[str],
+    also: Sequence[str] = (),
+    rules: GradientRules | str | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Float[Tensor, "pair score"]:
@@ -131,29 +140,33 @@ def effects_of(
         plan: The runs whose gradients count, for a batch of pairs.
         at: The hooks at which gradients are taken, the last of them nearest to the logits.
         names: What each score is of, for errors.
+        also: Hooks beside the sources' whose activations on the corrupt run the plan needs.
+        rules: Where gradients depart from the chain rule: a set of ``RULES`` by name, or one's own.
         batch_size: Pairs at a time.
         progress: Whether to show a bar.
 
     Raises:
         BadInput: the pairs do not line up, the metric is constant, or a score is not finite.
-        UnsupportedModel: the model has a part that edges cannot represent.
+        UnknownName: no set of rules has this name.
+        UnsupportedModel: the model has a part that edges cannot represent, or that a rule cannot.
     """
     check_pairs(pairs)
-    pairs = pairs.to(model.cfg.device)
+    pairs, ruled = pairs.to(model.cfg.device), rules_of(rules)
+    sites = ruled_sites(sites, ruled)
     scores: list[Tensor] = []
     largest, on_path = 0.0, False
     slices = pair_slices(sites, pairs, model.cfg.d_model, batch_size)
     for rows in tqdm(slices, desc="attribution", unit="batch", disable=not progress or len(slices) == 1):
         part = select(pairs, rows)
-        corrupt = source_values(model, sites, part.corrupt)
-        clean, clean_grads = gradients(model, sites, part.clean, part, metric, at=at)
+        corrupt = values_at(model, [*sites.source_hooks, *also], part.corrupt)
+        clean, clean_grads = gradients(model, sites, part.clean, part, metric, at=at, rules=ruled)
         if not scores:
             check_exact(sites, clean)
         total = torch.zeros(len(part), len(names), device=part.clean.device)
         for replaced, product in plan(sites, corrupt, clean):
             values, grads = clean, clean_grads
             if replaced is not None:
-                values, grads = gradients(model, sites, part.clean, part, metric, at=at, replaced=replaced)
+                values, grads = gradients(model, sites, part.clean, part, metric, at=at, replaced=replaced, rules=ruled)
                 on_path = True
             # the last hook lies nearest to the logits: without a gradient there, there is none anywhere
             largest = max(largest, float(grads[at[-1]].abs().max()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from circuits.discovery.attribution import edge_effects
 from circuits.discovery.circuit import Circuit
+from circuits.discovery.gradient_rules import GradientRules, rules_details
 from circuits.discovery.metrics import Metric, logit_difference, name_of
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
@@ -14,6 +15,7 @@ def eap(
     pairs: Pairs,
     metric: Metric = logit_difference,
     *,
+    rules: GradientRules | str | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -28,6 +30,7 @@ def eap(
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
         pairs: Clean and corrupt inputs.
         metric: One number per pair from the logits at its position; ``logit_difference`` unless given.
+        rules: Where gradients depart from the chain rule: ``"gim"``, ``"relp"`` or ``GradientRules`` of one's own.
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         progress: Whether to show a bar.
 
@@ -39,8 +42,9 @@ def eap(
 
     Raises:
         BadInput: the pairs do not line up, or the metric gives no gradient.
-        UnsupportedModel: the model has a part that edges cannot represent.
+        UnknownName: no set of rules has this name.
+        UnsupportedModel: the model has a part that edges cannot represent, or that a rule cannot.
     """
-    sites, effects = edge_effects(model, pairs, metric, [1.0], batch_size=batch_size, progress=progress)
-    details = {"pairs": len(pairs), "changed": pairs.changed}
+    sites, effects = edge_effects(model, pairs, metric, [1.0], rules=rules, batch_size=batch_size, progress=progress)
+    details = {"pairs": len(pairs), "changed": pairs.changed} | rules_details(rules)
     return Circuit.of_effects(sites.graph, effects, method="eap", metric=name_of(metric), details=details)

@@ -9,6 +9,7 @@ from torch import Tensor
 from circuits.discovery.activations import Store, source_differences
 from circuits.discovery.attribution import Plan, Product, Term, effects_of, gradients_by_layer, integration_points
 from circuits.discovery.circuit import Circuit
+from circuits.discovery.gradient_rules import GradientRules, rules_details
 from circuits.discovery.metrics import Metric, logit_difference, name_of
 from circuits.discovery.sites import Sites, sites_of
 from circuits.model import HookedModel
@@ -21,6 +22,7 @@ def eap_ig_activations(
     metric: Metric = logit_difference,
     *,
     steps: int = 5,
+    rules: GradientRules | str | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -38,6 +40,7 @@ def eap_ig_activations(
         pairs: Clean and corrupt inputs.
         metric: One number per pair from the logits at its position.
         steps: Points on each path.
+        rules: Where gradients depart from the chain rule: ``"gim"``, ``"relp"`` or ``GradientRules`` of one's own.
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         progress: Whether to show a bar.
 
@@ -48,7 +51,8 @@ def eap_ig_activations(
 
     Raises:
         BadInput: ``steps`` is less than 1, the pairs do not line up, or the metric gives no gradient.
-        UnsupportedModel: the model has a part that edges cannot represent.
+        UnknownName: no set of rules has this name.
+        UnsupportedModel: the model has a part that edges cannot represent, or that a rule cannot.
     """
     sites = sites_of(model)
     names = [f"edge {source} -> {reader}" for source, reader in sites.graph.edges]
@@ -60,10 +64,11 @@ def eap_ig_activations(
         _along_activations(integration_points(steps)),
         at=sites.reader_hooks,
         names=names,
+        rules=rules,
         batch_size=batch_size,
         progress=progress,
     )
-    details = {"pairs": len(pairs), "changed": pairs.changed, "steps": steps}
+    details = {"pairs": len(pairs), "changed": pairs.changed, "steps": steps} | rules_details(rules)
     return Circuit.of_effects(
         sites.graph, effects, method="eap-ig-activations", metric=name_of(metric), details=details
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from circuits.discovery.attribution import edge_effects, integration_points
 from circuits.discovery.circuit import Circuit
+from circuits.discovery.gradient_rules import GradientRules, rules_details
 from circuits.discovery.metrics import Metric, logit_difference, name_of
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
@@ -15,6 +16,7 @@ def eap_ig_inputs(
     metric: Metric = logit_difference,
     *,
     steps: int = 5,
+    rules: GradientRules | str | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -30,6 +32,7 @@ def eap_ig_inputs(
         pairs: Clean and corrupt inputs.
         metric: One number per pair from the logits at its position; ``logit_difference`` unless given.
         steps: Points on the path.
+        rules: Where gradients depart from the chain rule: ``"gim"``, ``"relp"`` or ``GradientRules`` of one's own.
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         progress: Whether to show a bar.
 
@@ -40,9 +43,10 @@ def eap_ig_inputs(
 
     Raises:
         BadInput: ``steps`` is less than 1, the pairs do not line up, or the metric gives no gradient.
-        UnsupportedModel: the model has a part that edges cannot represent.
+        UnknownName: no set of rules has this name.
+        UnsupportedModel: the model has a part that edges cannot represent, or that a rule cannot.
     """
     points = integration_points(steps)
-    sites, effects = edge_effects(model, pairs, metric, points, batch_size=batch_size, progress=progress)
-    details = {"pairs": len(pairs), "changed": pairs.changed, "steps": steps}
+    sites, effects = edge_effects(model, pairs, metric, points, rules=rules, batch_size=batch_size, progress=progress)
+    details = {"pairs": len(pairs), "changed": pairs.changed, "steps": steps} | rules_details(rules)
     return Circuit.of_effects(sites.graph, effects, method="eap-ig-inputs", metric=name_of(metric), details=details)

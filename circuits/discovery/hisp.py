@@ -8,6 +8,7 @@ from torch import Tensor
 from circuits.discovery.activations import Store
 from circuits.discovery.attribution import Term, effects_of
 from circuits.discovery.circuit import Circuit
+from circuits.discovery.gradient_rules import GradientRules, rules_details
 from circuits.discovery.metrics import Metric, logit_difference, name_of
 from circuits.discovery.sites import Sites, sites_of
 from circuits.model import HookedModel
@@ -19,6 +20,7 @@ def hisp(
     pairs: Pairs,
     metric: Metric = logit_difference,
     *,
+    rules: GradientRules | str | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -34,6 +36,7 @@ def hisp(
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
         pairs: Clean and corrupt inputs.
         metric: One number per pair from the logits at its position.
+        rules: Where gradients depart from the chain rule: ``"gim"``, ``"relp"`` or ``GradientRules`` of one's own.
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         progress: Whether to show a bar.
 
@@ -45,7 +48,8 @@ def hisp(
 
     Raises:
         BadInput: the pairs do not line up, or the metric gives no gradient.
-        UnsupportedModel: the model has a part that edges cannot represent.
+        UnknownName: no set of rules has this name.
+        UnsupportedModel: the model has a part that edges cannot represent, or that a rule cannot.
     """
     sites = sites_of(model)
     names = [f"source {source}" for source in sites.graph.sources]
@@ -57,10 +61,11 @@ def hisp(
         _plan,
         at=sites.source_hooks,
         names=names,
+        rules=rules,
         batch_size=batch_size,
         progress=progress,
     )
-    details = {"pairs": len(pairs), "changed": pairs.changed}
+    details = {"pairs": len(pairs), "changed": pairs.changed} | rules_details(rules)
     return Circuit.of_effects(
         sites.graph,
         _between(sites, importance),

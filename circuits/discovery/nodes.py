@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from circuits.discovery.attribution import integration_points, source_effects
 from circuits.discovery.circuit import mean_interval
+from circuits.discovery.gradient_rules import GradientRules
 from circuits.discovery.metrics import Metric, logit_difference
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
@@ -20,6 +21,7 @@ def node_attribution(
     metric: Metric = logit_difference,
     *,
     steps: int = 5,
+    rules: GradientRules | str | None = None,
     batch_size: int | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -34,6 +36,7 @@ def node_attribution(
         pairs: Clean and corrupt inputs.
         metric: One number per pair from the logits at its position; ``logit_difference`` unless given.
         steps: Points on the path from the corrupt to the clean token embeddings.
+        rules: Where gradients depart from the chain rule: ``"gim"``, ``"relp"`` or ``GradientRules`` of one's own.
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         seed: Of the bootstrap.
 
@@ -45,11 +48,12 @@ def node_attribution(
 
     Raises:
         BadInput: ``steps`` is less than 1, the pairs do not line up, or the metric gives no gradient.
-        UnsupportedModel: the model has a part that edges cannot represent.
+        UnknownName: no set of rules has this name.
+        UnsupportedModel: the model has a part that edges cannot represent, or that a rule cannot.
     """
     import pandas as pd
 
-    sites, effects = source_effects(model, pairs, metric, integration_points(steps), batch_size=batch_size)
+    sites, effects = source_effects(model, pairs, metric, integration_points(steps), rules=rules, batch_size=batch_size)
     low, high = mean_interval(effects, seed=seed)
     columns = {"score": effects.mean(0).tolist(), "low": low.tolist(), "high": high.tolist()}
     frame = pd.DataFrame(columns, index=pd.Index(sites.graph.sources, name="source"))

@@ -24,6 +24,8 @@ class Norm:
     weight: Float[Tensor, " d_model"] | None
     bias: Float[Tensor, " d_model"] | None
     eps: float
+    frozen: bool = False
+    """Whether the scale counts as a constant on the way back."""
 
     def standardise(
         self, x: Float[Tensor, "*batch d_model"]
@@ -160,7 +162,7 @@ def _layer(model: HookedModel, hooks: Mapping[str, Any], i: int, attn_only: bool
         z=f"{block}.attn.hook_z",
         mlp_in=None if attn_only else mlp_in,
         mlp_out=None if attn_only else f"{block}.hook_mlp_out",
-        norm=_norm(model, module_of(model, f"{block}.ln1")),
+        norm=norm_of(model, module_of(model, f"{block}.ln1")),
         W=tuple(weights[:3]),
         b=tuple(biases),
         W_O=weights[3],
@@ -180,7 +182,8 @@ def _bias(attn: Any, name: str, shape: torch.Size | tuple[int, ...]) -> Tensor |
     return bias.detach().reshape(shape) if isinstance(bias, Tensor) else None
 
 
-def _norm(model: HookedModel, ln: Any) -> Norm:
+def norm_of(model: HookedModel, ln: Any) -> Norm:
+    """Return the closed form of a norm module of a model; the identity's where there is none."""
     name = str(getattr(model.cfg, "normalization_type", None) or "").upper()
     if not name or isinstance(ln, torch.nn.Identity):
         return Norm(None, None, None, 0.0)

@@ -153,7 +153,9 @@ def _draw(result: PatternAttribution, heads: int) -> go.Figure:
     shown = scores[layers, numbers]
     largest = float(shown.abs().max()) or 1.0
     columns = min(3, len(layers))
-    titles = [f"a{i}.h{h}, in all {float(shown[n].sum()):+.3g}" for n, (i, h) in enumerate(zip(layers, numbers))]
+    titles = [
+        f"a{i}.h{h}, in all {float(shown[n].sum()):+.3g}" for n, (i, h) in enumerate(zip(layers, numbers, strict=True))
+    ]
     figure = make_subplots(-(-len(layers) // columns), columns, subplot_titles=titles)
     for n, pattern in enumerate(shown.tolist()):
         trace = go.Heatmap(

@@ -130,7 +130,8 @@ def attention_patterns(
         pairs,
         metric,
         along_inputs(points, prepare),
-        at=[*names, sites.final],
+        # down to the embedding, so that the backward passes every place that a rule is laid at
+        at=[*names, sites.embed, sites.final],
         names=[f"pattern a{i}.h{h}[{q}, {k}]" for i, h, q, k in entries],
         also=names,
         rules=rules,

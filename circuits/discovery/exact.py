@@ -92,10 +92,19 @@ def check_effects(setting: Setting, effects: Float[Tensor, "pair part"], *, move
     Raises:
         BadInput: they are not, or it did not.
     """
-    if not bool(torch.isfinite(effects).all()):
-        raise BadInput(f"metric {name_of(setting.metric)} gave a number that is not finite: check it and the weights")
+    check_finite(setting, effects)
     if not (moved or bool(effects.any())):
         raise BadInput(
             f"no ablation changes metric {name_of(setting.metric)} at all: expected one that depends on the logits "
             f"(and pairs whose answer hangs on what they change)"
         )
+
+
+def check_finite(setting: Setting, effects: Float[Tensor, "pair *part"]) -> None:
+    """Check that effects are numbers.
+
+    Raises:
+        BadInput: one is not.
+    """
+    if not bool(torch.isfinite(effects).all()):
+        raise BadInput(f"metric {name_of(setting.metric)} gave a number that is not finite: check it and the weights")

@@ -75,23 +75,29 @@ class PartialRun:
 
         ``kept`` says which edges carry a change onwards; those into a reader that leads nowhere need not be among them.
         """
-        self.changed = _Changed()
-        moved: dict[int, Tensor] = {}
         shift = self.patching.changes[list(sources)].cumsum(0)
-        self.changed.inputs[reader] = self.inputs[reader] + shift[:, :, self.spans[reader]]
+        return self.follow({reader: shift}, kept)
+
+    def follow(self, changes: Mapping[int, Float[Tensor, "set batch pos d_model"]], kept: Kept) -> Tensor:
+        """Return the metric, [set, pair], where some readers read something else, and changes go along kept edges."""
+        self.changed = _Changed()
+        for reader, change in changes.items():
+            self.changed.inputs[reader] = self.inputs[reader] + change[:, :, self.spans[reader]]
+        start, n_sets = min(changes), max(len(change) for change in changes.values())
+        moved: dict[int, Tensor] = {}
         at, source = 0, len(self.graph.sources) - sum(len(y.W_O) + (y.mlp_out is not None) for y in self.layers)
         for i, layer in enumerate(self.layers):
             counts = [W.shape[0] for W in layer.W]
-            if reader < at + sum(counts):
+            if start < at + sum(counts):
                 self._renew_heads(i, at, counts, source, kept, moved)
             at, source = at + sum(counts), source + len(layer.W_O)
             if layer.mlp_out is not None:
-                if reader <= at:
+                if start <= at:
                     self._renew_mlp(i, at, source, kept, moved)
                 at, source = at + 1, source + 1
         x = self._read(at, kept, moved)
         if x is None:
-            return self.metric.expand(len(sources), -1)
+            return self.metric.expand(n_sets, -1)
         self.changed.metric = self.patching.measure(self.blocks.logits(x.flatten(0, 1))[:, 0])
         return self.changed.metric
 

@@ -172,3 +172,40 @@ def hugging_face(architecture: str) -> Any:
         torch.manual_seed(0)
         model = getattr(transformers, name)(config)
     return build_bridge_from_module(jitter(model), architecture=name, hf_config=config)
+
+
+SHAPES = [*VARIANTS, "constant-uniform", "native", "GPT2", "GPTNeoX", "Llama"]
+shapes = pytest.mark.parametrize("shape", SHAPES)
+
+
+def model_of(shape: str) -> Any:
+    if shape == "native":
+        return build("layer-norm").to_bridge()
+    if shape == "constant-uniform":
+        return build("uniform", uniform_weight=0.7, softmax_share=0.25, normalization="RMS")
+    return build(shape) if shape in VARIANTS else hugging_face(shape)
+
+
+def hooks_into(model: Any, reader: str, change: Tensor) -> list[Any]:
+    """Hooks by which one reader sees ``change`` more; by the model's own norm and weights."""
+    if reader == "logits":
+        return [(f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", lambda x, hook: x + change)]
+    if reader.startswith("m"):
+        names = (f"blocks.{reader[1:]}.ln2.hook_in", f"blocks.{reader[1:]}.hook_mlp_in")
+        return [(next(name for name in names if name in model.hook_dict), lambda x, hook: x + change)]
+    seen: dict[str, Tensor] = {}
+    part, head, kind = reader.split(".")
+    block, index = model.blocks[int(part[1:])], int(head.lstrip("hkv"))
+    norm = getattr(block.ln1, "original_component", block.ln1)
+
+    def remember(x: Tensor, hook: Any) -> None:
+        seen["x"] = x
+
+    def edit(x: Tensor, hook: Any) -> Tensor:
+        y = norm(seen["x"] + change) @ getattr(block.attn, f"W_{kind.upper()}")[index]
+        bias = getattr(block.attn, f"b_{kind.upper()}")
+        x = x.clone()
+        x[:, :, index] = y if bias is None else y + bias.reshape(-1, y.shape[-1])[index]
+        return x
+
+    return [(f"blocks.{part[1:]}.hook_resid_pre", remember), (f"blocks.{part[1:]}.attn.hook_{kind}", edit)]

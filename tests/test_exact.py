@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from discovery_models import VARIANTS, at_answers, build, close, hugging_face, some_pairs
+from discovery_models import at_answers, build, close, hooks_into, hugging_face, model_of, shapes, some_pairs
 from torch import Tensor
 
 from circuits import discovery
@@ -20,43 +20,10 @@ from circuits.errors import BadInput, UnknownName, UnsupportedModel
 from circuits.model import Transformer
 from circuits.tasks.base import Pairs
 
-SHAPES = [*VARIANTS, "constant-uniform", "native", "GPT2", "GPTNeoX", "Llama"]
-shapes = pytest.mark.parametrize("shape", SHAPES)
 
-
-def model_of(shape: str) -> Any:
-    if shape == "native":
-        return build("layer-norm").to_bridge()
-    if shape == "constant-uniform":
-        return build("uniform", uniform_weight=0.7, softmax_share=0.25, normalization="RMS")
-    return build(shape) if shape in VARIANTS else hugging_face(shape)
-
-
-def logits_with_one_edge_changed(model: Any, tokens: Tensor, change: Tensor, reader: str, n_layers: int) -> Tensor:
-    """One whole forward with hooks, in which one reader sees ``change`` more; by the model's own norm and weights."""
-    seen: dict[str, Tensor] = {}
-    if reader == "logits" or reader.startswith("m"):
-        name = f"blocks.{n_layers - 1}.hook_resid_post" if reader == "logits" else f"blocks.{reader[1:]}.ln2.hook_in"
-        if reader != "logits" and name not in model.hook_dict:
-            name = f"blocks.{reader[1:]}.hook_mlp_in"
-        hooks: list[Any] = [(name, lambda x, hook: x + change)]
-    else:
-        part, head, kind = reader.split(".")
-        block, index = model.blocks[int(part[1:])], int(head.lstrip("hkv"))
-        norm = getattr(block.ln1, "original_component", block.ln1)
-
-        def remember(x: Tensor, hook: Any) -> None:
-            seen["x"] = x
-
-        def edit(x: Tensor, hook: Any) -> Tensor:
-            y = norm(seen["x"] + change) @ getattr(block.attn, f"W_{kind.upper()}")[index]
-            bias = getattr(block.attn, f"b_{kind.upper()}")
-            x = x.clone()
-            x[:, :, index] = y if bias is None else y + bias.reshape(-1, y.shape[-1])[index]
-            return x
-
-        hooks = [(f"blocks.{part[1:]}.hook_resid_pre", remember), (f"blocks.{part[1:]}.attn.hook_{kind}", edit)]
-    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+def logits_with_one_edge_changed(model: Any, tokens: Tensor, change: Tensor, reader: str) -> Tensor:
+    """One whole forward with hooks, in which one reader sees ``change`` more."""
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks_into(model, reader, change)):
         return model(tokens)
 
 
@@ -69,7 +36,7 @@ def one_at_a_time(model: Any, pairs: Pairs, ablation: str = "corrupt") -> Tensor
     order = {name: i for i, name in enumerate(sites.graph.sources)}
     rows = []
     for source, reader in sites.graph.edges:
-        logits = logits_with_one_edge_changed(model, pairs.clean, changes[order[source]], reader, len(sites.layers))
+        logits = logits_with_one_edge_changed(model, pairs.clean, changes[order[source]], reader)
         rows.append(at_answers(logits, pairs) - base)
     return torch.stack(rows)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from circuits.discovery.acdc import acdc
+from circuits.discovery.activation_patching import ActivationPatching, activation_patching
 from circuits.discovery.attention_patterns import PatternAttribution, attention_patterns
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.clean_corrupted import clean_corrupted
@@ -32,6 +33,7 @@ from circuits.discovery.mask_ig import mask_gradient, mask_ig
 from circuits.discovery.metrics import kl_divergence, log_probability, logit_difference, squared_error
 from circuits.discovery.nodes import node_attribution
 from circuits.discovery.optimal_ablation import optimal_constants
+from circuits.discovery.path_patching import PathEffect, path_patching
 from circuits.discovery.random_circuits import random_circuits
 from circuits.discovery.stability import Stability, stability
 from circuits.discovery.subnetwork_probing import subnetwork_probing
@@ -46,6 +48,7 @@ __all__ = [
     "MIB_SHARES",
     "RELP",
     "RULES",
+    "ActivationPatching",
     "Circuit",
     "CircuitTests",
     "Completeness",
@@ -54,10 +57,12 @@ __all__ = [
     "GradientRules",
     "Graph",
     "HypothesisTest",
+    "PathEffect",
     "PatternAttribution",
     "Stability",
     "ablated_metric",
     "acdc",
+    "activation_patching",
     "attention_patterns",
     "attribute",
     "clean_corrupted",
@@ -81,6 +86,7 @@ __all__ = [
     "minimality",
     "node_attribution",
     "optimal_constants",
+    "path_patching",
     "random_circuits",
     "squared_error",
     "stability",

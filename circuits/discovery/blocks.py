@@ -212,9 +212,9 @@ def blocks_of(model: HookedModel, sites: Sites, tokens: Int[Tensor, "batch pos"]
         for i, (before, after) in enumerate(pairwise(streams)):
             one = slice(n - 1, n)
             for at in (ALL, one):
-                if not _same(blocks.block(i, before, at), after[:, at]):
+                if not same(blocks.block(i, before, at), after[:, at]):
                     raise UnsupportedModel(f"blocks.{i} does more than attention and an MLP that add to the stream")
-        if not _same(blocks.logits(streams[-1]), logits):
+        if not same(blocks.logits(streams[-1]), logits):
             raise UnsupportedModel("the logits are not the unembedding of the final norm")
     return blocks
 
@@ -236,7 +236,8 @@ def activations_at(
     return store, logits
 
 
-def _same(got: Tensor, expected: Tensor) -> bool:
+def same(got: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors agree as far as their precision lets them."""
     if got.shape != expected.shape:
         return False
     tolerance = 1e-4 if got.dtype in (torch.float32, torch.float64) else 3e-2
@@ -266,7 +267,7 @@ def _found_pattern(model: HookedModel, sites: Sites, i: int, values: Store) -> P
         scales.append(1 / given)
     for rotation, causal, scale in product(_rotations(i, values, n, d_head), (True, False), scales):
         pattern = Pattern(scale, causal, rotation=rotation)
-        if _same(pattern.read(pattern.turn(q), pattern.turn(k), v).transpose(1, 2), values[layer.z]):
+        if same(pattern.read(pattern.turn(q), pattern.turn(k), v).transpose(1, 2), values[layer.z]):
             return pattern
     raise UnsupportedModel(f"the attention of blocks.{i} is not a softmax of scaled, perhaps rotated, products")
 

@@ -100,7 +100,7 @@ def check_effects(setting: Setting, effects: Float[Tensor, "pair part"], *, move
         )
 
 
-def check_finite(setting: Setting, effects: Float[Tensor, "pair *part"]) -> None:
+def check_finite(setting: Setting, effects: Float[Tensor, pair * part]) -> None:
     """Check that effects are numbers.
 
     Raises:

@@ -11,6 +11,8 @@ import plotly.graph_objects as go
 import circuits._style  # noqa: F401  (registers the template)
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from circuits.discovery.circuit import Circuit
     from circuits.discovery.completeness import Completeness
     from circuits.discovery.curves import Faithfulness
@@ -236,5 +238,48 @@ def draw_completeness(result: Completeness) -> go.Figure:
         xaxis={"title": f"model without the edges (share of the {result.metric} gap)", "range": [low, high]},
         yaxis={"title": "circuit without the edges (same unit)", "range": [low, high]},
         legend={"orientation": "h", "y": -0.2, "yanchor": "top"},
+    )
+    return figure
+
+
+def draw_map(scores: Sequence[Sequence[float]], *, title: str, subtitle: str, x: str, y: str, unit: str) -> go.Figure:
+    """Return effects as colours, one row per layer with the first at the bottom, the same colours as of edges."""
+    largest = max((abs(value) for row in scores for value in row), default=0.0) or 1.0
+    figure = go.Figure(
+        go.Heatmap(
+            z=scores,
+            zmin=-largest,
+            zmax=largest,
+            colorscale=[[0, SUPPORTS], [0.5, "white"], [1, OPPOSES]],
+            colorbar={"title": {"text": f"effect on {unit}", "side": "right"}},
+            hovertemplate=f"{y} %{{y}}, {x} %{{x}}<br>effect %{{z:+.4g}}<extra></extra>",
+        )
+    )
+    figure.update_layout(
+        template="circuits",
+        title=f"{title}<br><sup>{subtitle}</sup>",
+        xaxis={"title": x, "dtick": max(1, len(scores[0]) // 16), "showgrid": False},
+        yaxis={"title": y, "dtick": max(1, len(scores) // 16), "showgrid": False},
+    )
+    return figure
+
+
+def draw_bars(names: Sequence[str], frame: pd.DataFrame, *, title: str, subtitle: str, unit: str) -> go.Figure:
+    """Return the scores of a table as horizontal bars with their intervals, the first at the top."""
+    bars = go.Bar(
+        x=frame["score"],
+        y=list(names),
+        orientation="h",
+        marker={"color": [_colour(score) for score in frame["score"]]},
+        error_x={"array": frame["high"] - frame["score"], "arrayminus": frame["score"] - frame["low"], "width": 2},
+        hovertemplate="%{y}: %{x:+.4g}<extra></extra>",
+    )
+    figure = go.Figure(bars)
+    figure.update_layout(
+        template="circuits",
+        title=f"{title}<br><sup>{subtitle}; bars with 95 % intervals</sup>",
+        xaxis={"title": f"effect on {unit}"},
+        yaxis={"title": "", "autorange": "reversed", "type": "category"},
+        height=160 + 18 * len(names),
     )
     return figure

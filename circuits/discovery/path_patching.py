@@ -109,8 +109,11 @@ def _edges(graph: Graph, path: tuple[str, ...]) -> tuple[int, list[int], Kept]:
     steps = [_step(graph, name) for name in path[1:]]
     source = graph.sources.index(path[0])
     kept = np.zeros((len(graph.readers), len(graph.sources)), dtype=bool)
-    before, name = (source,), path[0]
+    before: tuple[int, ...] = (source,)
+    name = path[0]
     for i, (readers, feeds) in enumerate(steps):
+        if not before:
+            raise BadInput(f"path {path}: {path[i + 1]} comes after the logits, which write nothing")
         for u in before:
             for r in readers:
                 if u >= graph.visible[r]:

@@ -133,7 +133,8 @@ def test_benchmark_shares_give_its_sizes_and_area() -> None:
     assert result.cpr == pytest.approx(sum((x[i + 1] - x[i]) * (f[i] + f[i + 1]) / 2 for i in range(9)))
 
 
-def test_large_graphs_are_read_at_a_geometric_grid_of_sizes() -> None:
+def test_large_graphs_are_read_at_a_geometric_grid_of_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("circuits.discovery.evaluate.ALL_SIZES_UP_TO", 64)
     model, pairs = build(n_heads=4), some_pairs()
     result = faithfulness(model, eap(model, pairs), pairs, n_random=2)
     sizes = result.curve.query("ranking == 'signed'")["n_edges"].tolist()

@@ -14,6 +14,7 @@ from circuits.discovery.activation_patching import ActivationPatching, activatio
 from circuits.discovery.attention_patterns import PatternAttribution, attention_patterns
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.clean_corrupted import clean_corrupted
+from circuits.discovery.comparison import Comparison, compare
 from circuits.discovery.completeness import Completeness, completeness, minimality
 from circuits.discovery.curves import Faithfulness
 from circuits.discovery.eap import eap
@@ -31,6 +32,7 @@ from circuits.discovery.hypothesis_tests import CircuitTests, HypothesisTest, hy
 from circuits.discovery.information_flow_routes import information_flow_routes
 from circuits.discovery.mask_ig import mask_gradient, mask_ig
 from circuits.discovery.metrics import kl_divergence, log_probability, logit_difference, squared_error
+from circuits.discovery.mib import load_mib, save_mib
 from circuits.discovery.nodes import node_attribution
 from circuits.discovery.optimal_ablation import optimal_constants
 from circuits.discovery.path_patching import PathEffect, path_patching
@@ -51,6 +53,7 @@ __all__ = [
     "ActivationPatching",
     "Circuit",
     "CircuitTests",
+    "Comparison",
     "Completeness",
     "EdgeAccuracy",
     "Faithfulness",
@@ -66,6 +69,7 @@ __all__ = [
     "attention_patterns",
     "attribute",
     "clean_corrupted",
+    "compare",
     "completeness",
     "eap",
     "eap_ig_activations",
@@ -79,6 +83,7 @@ __all__ = [
     "hypothesis_tests",
     "information_flow_routes",
     "kl_divergence",
+    "load_mib",
     "log_probability",
     "logit_difference",
     "mask_gradient",
@@ -88,6 +93,7 @@ __all__ = [
     "optimal_constants",
     "path_patching",
     "random_circuits",
+    "save_mib",
     "squared_error",
     "stability",
     "subnetwork_probing",

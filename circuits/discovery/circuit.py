@@ -106,6 +106,58 @@ class Circuit:
         """Return the circuit without the edges that are on no path from an embedding to the logits."""
         return replace(self, kept=self.graph.connected(self.kept))
 
+    def complement(self) -> Circuit:
+        """Return the circuit that keeps what this one does not."""
+        return replace(self, kept=~self.kept)
+
+    def __and__(self, other: Circuit) -> Circuit:
+        """Return the circuit that keeps what both keep, with this one's scores."""
+        return replace(self, kept=self.kept & self._kept_of(other))
+
+    def __or__(self, other: Circuit) -> Circuit:
+        """Return the circuit that keeps what either keeps, with this one's scores."""
+        return replace(self, kept=self.kept | self._kept_of(other))
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        """Return the circuit that keeps what this one keeps and the other does not, with this one's scores."""
+        return replace(self, kept=self.kept & ~self._kept_of(other))
+
+    def _kept_of(self, other: Circuit) -> Bool[Tensor, " edge"]:
+        if other.graph != self.graph:
+            raise BadInput(
+                f"circuits of {self.graph.n_edges} and {other.graph.n_edges} edges of different graphs have no edges "
+                f"in common: expected circuits of one model"
+            )
+        return other.kept.to(self.kept.device)
+
+    def merged(self) -> Circuit:
+        """Return the circuit between whole components, in which a head's q, k and v are one: see ``Graph.merged``.
+
+        A merged edge's score is the sum of its edges', which is what ablating them together does to first order (of
+        scores that are not ``signed``, the largest of them); it is kept if one of them is.
+        """
+        graph = self.graph.merged()
+        names = dict(zip(self.graph.readers, self.graph.feeds, strict=True))
+        pairs = [
+            (i, graph.index(source, target))
+            for i, (source, reader) in enumerate(self.graph.edges)
+            for target in ([self.graph.sources[u] for u in names[reader]] or [reader])
+        ]
+        part, whole = torch.tensor(pairs, device=self.scores.device).T
+        zeros = self.scores.new_zeros(graph.n_edges)
+        sums = self.signed and self.per_example is not None
+        return replace(
+            self,
+            graph=graph,
+            scores=zeros.index_add(0, whole, self.scores[part])
+            if self.signed
+            else zeros.scatter_reduce(0, whole, self.scores[part], "amax"),
+            kept=zeros.index_add(0, whole, self.kept[part].to(zeros)) > 0,
+            per_example=zeros.expand(len(self.per_example), -1).index_add(1, whole, self.per_example[:, part])
+            if sums and self.per_example is not None
+            else None,
+        )
+
     def interval(
         self, *, level: float = 0.95, seed: int = 0, resamples: int = 1000
     ) -> tuple[Float[Tensor, " edge"], Float[Tensor, " edge"]]:

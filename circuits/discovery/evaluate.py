@@ -23,8 +23,8 @@ from circuits.tasks.base import Pairs
 
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """The circuit sizes of the MIB benchmark: pass them as ``shares`` for its numbers."""
-ALL_SIZES_UP_TO = 64
-"""Graphs of up to this many edges are evaluated at every size."""
+ALL_SIZES_UP_TO = 256
+"""Graphs of up to this many edges are evaluated at every size unless told otherwise."""
 
 
 def ablated_metric(
@@ -92,7 +92,7 @@ def faithfulness(
     *,
     metric: Metric = logit_difference,
     ablation: str | Mapping[str, Tensor] = "corrupt",
-    shares: Sequence[float] | None = None,
+    shares: Sequence[float] | str | None = None,
     n_random: int = 8,
     seed: int = 0,
     progress: bool = False,
@@ -115,8 +115,9 @@ def faithfulness(
             than how well the scores fit their own pairs.
         metric: One number per pair.
         ablation: ``corrupt`` or ``mean``: see ``ablated_metric``.
-        shares: Shares of the edges to evaluate at, ascending. None: every size of a graph of up to 64 edges, a
-            geometric grid on larger ones, and in any case 0 and 1. ``MIB_SHARES``: those of the benchmark.
+        shares: Shares of the edges to evaluate at, ascending. ``"every"``: every number of edges from none to all.
+            None: every number in a graph of up to 256 edges, a geometric grid in larger ones. ``MIB_SHARES``: those
+            of the benchmark.
         n_random: Circuits of random edges that are evaluated alike, as the control; at least two.
         seed: Of the random circuits and of the bootstrap over pairs.
         progress: Whether to show a bar.
@@ -153,7 +154,7 @@ def faithfulness(
 
 
 def _plan(
-    circuit: Circuit, shares: Sequence[float] | None, n_random: int, seed: int
+    circuit: Circuit, shares: Sequence[float] | str | None, n_random: int, seed: int
 ) -> tuple[list[Curve], Bool[Tensor, "set edge"]]:
     """Lay out the curves, and which edges are kept: none, all, then the connected ones of each curve's circuits."""
     n_edges = circuit.graph.n_edges
@@ -169,15 +170,17 @@ def _plan(
     return curves, circuit.graph.connected(torch.cat([_prefixes(orders[0], [0, n_edges]), *kept]))
 
 
-def _sizes(n_edges: int, shares: Sequence[float] | None) -> tuple[list[float], list[int]]:
+def _sizes(n_edges: int, shares: Sequence[float] | str | None) -> tuple[list[float], list[int]]:
     """The points of the curve: shares of the edges, and numbers of edges."""
-    if shares is not None:
+    if isinstance(shares, str) and shares != "every":
+        raise BadInput(f"shares = {shares!r}: expected 'every', or ascending numbers from 0 to 1")
+    if shares is not None and not isinstance(shares, str):
         x = [float(share) for share in shares]
         if len(x) < 2 or x != sorted(set(x)) or x[0] < 0 or x[-1] > 1:
             raise BadInput(f"shares = {list(shares)}: expected at least two ascending numbers from 0 to 1")
         return x, [int(share * n_edges) for share in x]
     sizes = list(range(n_edges + 1))
-    if n_edges > ALL_SIZES_UP_TO:
+    if n_edges > ALL_SIZES_UP_TO and shares is None:
         sizes = sorted({0, *np.geomspace(1, n_edges, 24).round().astype(int).tolist()})
     return [size / n_edges for size in sizes], sizes
 

@@ -283,3 +283,24 @@ def draw_bars(names: Sequence[str], frame: pd.DataFrame, *, title: str, subtitle
         height=160 + 18 * len(names),
     )
     return figure
+
+
+def draw_similarity(grid: Sequence[Sequence[float]], names: Sequence[str], *, title: str, unit: str) -> go.Figure:
+    """Return how alike every two of some things are, from 0 to 1, with the number in each cell."""
+    heat = go.Heatmap(
+        z=grid,
+        x=list(names),
+        y=list(names),
+        zmin=0,
+        zmax=1,
+        colorscale=[[0, "white"], [1, SUPPORTS]],
+        texttemplate="%{z:.2f}",
+        colorbar={"title": {"text": unit, "side": "right"}},
+        hovertemplate=f"%{{y}} and %{{x}}<br>{unit} %{{z:.3f}}<extra></extra>",
+    )
+    figure = go.Figure(heat)
+    axis = {"type": "category", "showgrid": False}
+    figure.update_layout(
+        template="circuits", title=title, xaxis={"title": "", **axis}, yaxis={"autorange": "reversed", **axis}
+    )
+    return figure

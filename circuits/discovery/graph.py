@@ -95,6 +95,18 @@ class Graph:
                 sources.append(f"m{layer}")
         return Graph(tuple(sources), (*readers, "logits"), (*visible, len(sources)), (*feeds, ()))
 
+    def merged(self) -> Graph:
+        """Return the graph whose readers are whole components: a head's q, k and v as one, named like the source.
+
+        An edge of it stands for all edges from its source into that component. Keys and values that query heads share
+        are part of each of those heads.
+        """
+        computed = {u: self.visible[r] for r, fed in enumerate(self.feeds) for u in fed}
+        readers = tuple(self.sources[u] for u in sorted(computed))
+        visible = tuple(computed[u] for u in sorted(computed))
+        feeds = tuple((u,) for u in sorted(computed))
+        return Graph(self.sources, (*readers, "logits"), (*visible, self.visible[-1]), (*feeds, ()))
+
     @property
     def n_edges(self) -> int:
         """Number of edges."""

@@ -1,4 +1,4 @@
-"""The command line: `circuits study`, `train`, `discover`, `explain`, `report` and `list`.
+"""The command line: `circuits study`, `train`, `discover`, `explain`, `report`, `bench` and `list`.
 
 Nothing here imports torch before a command runs, so that `circuits --help` answers at once.
 """
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 _GO_ON = {
+    "bench": ": the same command goes on where it stopped",
     "study": ": the same command goes on where it stopped",
     "train": ": the same command with --resume goes on where it stopped",
 }
@@ -239,7 +240,7 @@ def report(
     return 0
 
 
-KINDS = ("tasks", "objectives", "methods", "tests", "presets", "references")
+KINDS = ("tasks", "objectives", "methods", "tests", "presets", "references", "known-circuits")
 
 
 def list_names(
@@ -248,10 +249,10 @@ def list_names(
     *,
     as_json: _Json = False,
 ) -> int:
-    """Show what there is: tasks, objectives, methods, tests, presets and reference models, a line each.
+    """Show what there is: tasks, objectives, methods, tests, presets, reference models and known circuits, a line each.
 
     Args:
-        kind: one of tasks, objectives, methods, tests, presets, references (default: all of them).
+        kind: one of tasks, objectives, methods, tests, presets, references, known-circuits (default: all of them).
         as_json: print them as JSON on standard output.
     """
     if kind is not None and kind not in KINDS:
@@ -268,12 +269,51 @@ def list_names(
     return 0
 
 
+def bench(
+    subject: Annotated[Positional[str], arg(metavar="discovery")],
+    /,
+    *,
+    out: Path,
+    circuits: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = (),
+    methods: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = (),
+    pairs: Annotated[int, arg(metavar="N")] = 64,
+    seed: int = 0,
+    as_json: _Json = False,
+) -> int:
+    """Hold discovery methods to models whose circuit is known: accuracy, faithfulness, stability and cost of each.
+
+    Running it again goes on where it stopped.
+
+    Args:
+        subject: what to compare: discovery.
+        out: directory for discovery.parquet and discovery.csv.
+        circuits: known circuits (default: all; `circuits list known-circuits`).
+        methods: discovery methods (default: all; `circuits list methods`).
+        pairs: number of clean and corrupt input pairs.
+        seed: seed of the pairs and of the methods that draw.
+        as_json: print the table, one row per circuit and method, as JSON on standard output.
+    """
+    if subject != "discovery":
+        raise UnknownName("subject of a bench", subject, ("discovery",))
+    from circuits.study.discovery_bench import run_bench
+
+    _one_thread()
+    found = run_bench(out, circuits=circuits or None, methods=methods or None, n_pairs=pairs, seed=seed)
+    if as_json:
+        _print_json(_records(found.table))
+    else:
+        print(_text(found.summary()))
+        print(f"\ntable: {found.path / 'discovery.parquet'}")
+    return 0
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "study": study,
     "train": train,
     "discover": discover,
     "explain": explain,
     "report": report,
+    "bench": bench,
     "list": list_names,
 }
 
@@ -320,6 +360,10 @@ def _one_thread() -> None:
 
 
 def _entries(kind: str) -> Mapping[str, str]:
+    if kind == "known-circuits":
+        from circuits.reference.known_circuits import KNOWN_CIRCUITS, describe
+
+        return {name: describe(name) for name in KNOWN_CIRCUITS}
     if kind == "presets":
         from circuits.study import PRESETS
 

@@ -86,10 +86,10 @@ def acdc(
     graph = setting.sites.graph
     source, reader = graph.ends()
     weight = change.mean(0).clamp(min=0).sign() if is_distance(metric) else change.mean(0).sign()
-    details = setting.details(ablation) | {"tau": tau, "tried": tried, "signed": False}
+    details = setting.details(ablation) | {"tau": tau, "tried": tried}
     keep = torch.from_numpy(kept)[reader, source].to(change.device)
     per_example = change * weight
-    return Circuit(graph, per_example.mean(0), keep, "acdc", name_of(metric), per_example, details)
+    return Circuit(graph, per_example.mean(0), keep, "acdc", name_of(metric), per_example, details, signed=False)
 
 
 def _runs(setting: Setting, memory_budget: int | None, batch_size: int | None) -> Sequence[tuple[Tensor, Removal]]:

@@ -67,9 +67,14 @@ def exact(
         setting = setting_of(model, pairs, metric, ablation=ablation, denoising=denoising, batch_size=batch_size)
         effects = _effects(setting, memory_budget, batch_size, progress)
     check_effects(setting, effects)
-    details = setting.details(ablation) | ({"signed": False} if is_distance(metric) else {})
-    effects = -effects if denoising else effects
-    return Circuit.of_effects(setting.sites.graph, effects, method="exact", metric=name_of(metric), details=details)
+    return Circuit.of_effects(
+        setting.sites.graph,
+        -effects if denoising else effects,
+        method="exact",
+        metric=name_of(metric),
+        details=setting.details(ablation),
+        signed=not is_distance(metric),
+    )
 
 
 def _effects(

@@ -1,0 +1,200 @@
+"""Discovery methods against models whose circuit is known: how well each finds the true edges, and at what cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from circuits import discovery
+from circuits._io import atomic_write, make_directory, read_json, write_json
+from circuits.discovery import Circuit
+from circuits.errors import BadInput, CircuitsError, CorruptRun, UnknownName
+from circuits.reference import known_circuits
+from circuits.reference.known_circuits import KNOWN_CIRCUITS, KnownCircuit
+
+FORMAT = 1
+N_PAIRS = 64
+TRUTHS = ("program", "active")
+SHOWN = {
+    "active_auroc": "AUROC, active",
+    "active_precision": "AP, active",
+    "program_auroc": "AUROC, program",
+    "program_precision": "AP, program",
+    "cpr": "CPR",
+    "cmd": "CMD",
+    "stability": "stability",
+    "forwards": "cost (forwards)",
+}
+"""Columns of the summary, with their headings."""
+
+
+@dataclass(frozen=True, eq=False)
+class DiscoveryBench:
+    """One row per known circuit and method: see ``docs/discovery-bench.md`` for the columns."""
+
+    table: pd.DataFrame
+    path: Path
+
+    def summary(self) -> pd.DataFrame:
+        """Return each method's means over the circuits of each kind, best by active average precision first."""
+        done = self.table[self.table["status"] == "done"]
+        means = done.groupby(["kind", "method"])[list(SHOWN)].mean().rename(columns=SHOWN).reset_index()
+        return means.sort_values(["kind", SHOWN["active_precision"]], ascending=[True, False], kind="stable")
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the table."""
+        return self.table
+
+    def _repr_html_(self) -> str:
+        return self.summary().to_html(index=False, float_format="{:.3f}".format, na_rep="-")
+
+
+def run_bench(
+    out: Path | str,
+    *,
+    circuits: Collection[str] | None = None,
+    methods: Collection[str] | None = None,
+    n_pairs: int = N_PAIRS,
+    seed: int = 0,
+    progress: bool = True,
+) -> DiscoveryBench:
+    """Return how every discovery method does on every known circuit, and write the table into a directory.
+
+    What is there already, of these circuits, methods and pairs, is not computed again. Known circuits of which no
+    edge is active under their pairs have nothing that patching could find and are left out.
+
+    Args:
+        out: Directory for ``discovery.parquet``, ``discovery.csv`` and a file per circuit and method.
+        circuits: Names of ``KNOWN_CIRCUITS``; None: all.
+        methods: Names of ``METHODS``; None: all, with their defaults.
+        n_pairs: Pairs that a method sees; as many others are kept for CPR and CMD.
+        seed: Of the pairs, and of the methods that draw.
+        progress: Whether to show a bar.
+
+    Source: Gupta et al. 2024, InterpBench, arXiv 2407.14494 (accuracy on known circuits); Mueller et al. 2025, MIB,
+        arXiv 2504.13151 (CPR and CMD).
+
+    Raises:
+        UnknownName: no such circuit or method.
+        StorageError: the directory cannot be written.
+    """
+    known = _chosen("known circuit", circuits, KNOWN_CIRCUITS)
+    chosen = _chosen("discovery method", methods, discovery.METHODS)
+    if n_pairs < 2:
+        raise BadInput(f"n_pairs = {n_pairs}: expected at least 2")
+    folder = make_directory(out)
+    cells = make_directory(folder / "cells")
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=len(known) * len(chosen), desc="bench", unit="cell", disable=not progress) as bar:
+        for name in known:
+            truth: KnownCircuit | None = None
+            for method in chosen:
+                bar.set_postfix_str(f"{name}, {method}")
+                request = {"format": FORMAT, "circuit": name, "method": method, "n_pairs": n_pairs, "seed": seed}
+                path = cells / f"{name}--{method}.json"
+                row = _stored(path, request)
+                if row is None:
+                    truth = truth or known_circuits.build(name, n_pairs=n_pairs, seed=seed)
+                    row = _row(truth, method, seed)
+                    write_json(path, {"request": request, "row": row})
+                rows.append(row)
+                bar.update()
+    return DiscoveryBench(_written(rows, folder), folder)
+
+
+def _chosen(kind: str, names: Collection[str] | None, table: Collection[str]) -> list[str]:
+    wanted = list(table) if names is None else [name.replace("_", "-") for name in names]
+    for name in wanted:
+        if name not in table:
+            raise UnknownName(kind, name, table)
+    return wanted
+
+
+def _stored(path: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+    """The row of an earlier run with the same request; None where there is none."""
+    try:
+        stored = read_json(path)
+    except CorruptRun:
+        return None
+    if not isinstance(stored, dict) or stored.get("request") != request:
+        return None
+    row: dict[str, Any] = stored["row"]
+    return row
+
+
+def _written(rows: Sequence[dict[str, Any]], folder: Path) -> pd.DataFrame:
+    import io
+
+    table = pd.DataFrame(rows)
+    data = io.BytesIO()
+    table.to_parquet(data, index=False)
+    atomic_write(folder / "discovery.parquet", data.getvalue())
+    atomic_write(folder / "discovery.csv", table.to_csv(index=False).encode())
+    return table
+
+
+def _row(truth: KnownCircuit, method: str, seed: int) -> dict[str, Any]:
+    """Everything that is measured of one method on one known circuit."""
+    n = len(truth.pairs)
+    row: dict[str, Any] = {
+        "circuit": truth.name,
+        "kind": truth.name.split("-")[0],
+        "method": method,
+        "status": "done",
+        "n_pairs": n,
+        "n_edges": discovery.Graph.from_model(truth.model).n_edges,
+        "n_program": len(truth.program),
+        "n_active": len(truth.active),
+    }
+    if not truth.active:
+        return row | {"status": "no edge is active under these pairs"}
+    others = known_circuits.build(truth.name, n_pairs=n, seed=seed + 1).pairs
+    try:
+        start = time.process_time()
+        circuit = discovery.attribute(truth.model, truth.pairs, method=method)
+        row["seconds"] = time.process_time() - start
+        row["forwards"] = row["seconds"] / _forward_seconds(truth)
+        row |= _against_truth(circuit, truth, seed)
+        curve = discovery.faithfulness(truth.model, circuit, others, seed=seed)
+    except CircuitsError as error:
+        return row | {"status": str(error)}
+    for name in ("cpr", "cmd"):
+        row[name] = getattr(curve, name)
+        row[f"{name}_low"], row[f"{name}_high"] = getattr(curve, f"{name}_interval")
+        row[f"{name}_random"] = getattr(curve, f"{name}_random")
+    if circuit.per_example is not None:
+        found = discovery.stability(circuit, len(truth.active), seed=seed)
+        row["stability"] = found.jaccard
+        row["stability_low"], row["stability_high"] = found.interval
+        row["stability_random"] = found.jaccard_random
+    return row
+
+
+def _against_truth(circuit: Circuit, truth: KnownCircuit, seed: int) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name in TRUTHS:
+        found = discovery.edge_accuracy(circuit, getattr(truth, name), components=truth.components, seed=seed)
+        out[f"{name}_auroc"], out[f"{name}_precision"] = found.auroc, found.average_precision
+        out[f"{name}_chance"] = found.n_true / found.n_edges
+        for key, span in (("auroc", found.auroc_interval), ("precision", found.average_precision_interval)):
+            if span is not None:
+                out[f"{name}_{key}_low"], out[f"{name}_{key}_high"] = span
+    return out
+
+
+def _forward_seconds(truth: KnownCircuit) -> float:
+    """CPU seconds of one plain forward on the pairs' clean inputs: the best of a few."""
+    times = []
+    with torch.no_grad():
+        for _ in range(7):
+            start = time.process_time()
+            truth.model(truth.pairs.clean)
+            times.append(time.process_time() - start)
+    return max(min(times), 1e-6)

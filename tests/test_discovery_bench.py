@@ -1,0 +1,71 @@
+"""The bench of discovery methods: its rows are what the single calls give, and a second start computes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from circuits import cli, discovery
+from circuits.errors import BadInput, UnknownName
+from circuits.reference import known_circuits
+from circuits.study.discovery_bench import run_bench
+
+
+def test_rows_are_what_the_single_calls_give(tmp_path: Path) -> None:
+    names = ["program-hist", "linear", "program-length"]
+    result = run_bench(tmp_path, circuits=names, methods=["eap", "exact"], n_pairs=16, progress=False)
+    table = result.table.set_index(["circuit", "method"])
+    assert len(table) == 6
+    known = known_circuits.build("program-hist", n_pairs=16)
+    circuit = discovery.exact(known.model, known.pairs)
+    row = table.loc[("program-hist", "exact")]
+    truth = discovery.edge_accuracy(circuit, known.active)
+    assert row["active_auroc"] == truth.auroc == 1 and row["active_precision"] == truth.average_precision
+    assert truth.auroc_interval == (row["active_auroc_low"], row["active_auroc_high"])
+    others = known_circuits.build("program-hist", n_pairs=16, seed=1).pairs
+    assert row["cpr"] == pytest.approx(discovery.faithfulness(known.model, circuit, others).cpr)
+    assert row["forwards"] > 1 and row["seconds"] > 0
+    assert table.loc[("program-length", "eap"), "status"] == "no edge is active under these pairs"
+    assert table.loc[("linear", "eap"), "active_precision"] == 1
+    summary = result.summary()
+    assert set(summary["kind"]) == {"program", "linear"} and len(summary) == 4
+    stored = pd.read_parquet(tmp_path / "discovery.parquet")
+    pd.testing.assert_frame_equal(stored, result.table, check_dtype=False)
+    assert len(pd.read_csv(tmp_path / "discovery.csv")) == 6 and "AUROC" in result._repr_html_()
+
+
+def test_a_second_start_computes_nothing_and_other_requests_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"circuits": ["linear"], "methods": ["eap"], "progress": False}
+    first = run_bench(tmp_path, n_pairs=8, **options)
+    calls: list[str] = []
+    build = known_circuits.build
+    monkeypatch.setattr(known_circuits, "build", lambda name, **kw: calls.append(name) or build(name, **kw))
+    pd.testing.assert_frame_equal(run_bench(tmp_path, n_pairs=8, **options).table, first.table)
+    assert not calls
+    assert run_bench(tmp_path, n_pairs=9, **options).table["n_pairs"].tolist() == [9] and calls
+    (tmp_path / "cells" / "linear--eap.json").write_text("{")
+    calls.clear()
+    assert run_bench(tmp_path, n_pairs=9, **options).table["status"].tolist() == ["done"] and calls
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match="unknown known circuit 'linea': did you mean 'linear'"):
+        run_bench(tmp_path, circuits=["linea"])
+    with pytest.raises(UnknownName, match="unknown discovery method 'eep'"):
+        run_bench(tmp_path, methods=["eep"])
+    with pytest.raises(BadInput, match="n_pairs = 1"):
+        run_bench(tmp_path, n_pairs=1)
+
+
+def test_the_command_prints_the_summary_or_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "discovery", "--out", str(tmp_path), "--circuits", "linear", "--methods", "eap", "exact"]
+    assert cli.main(command) == 0
+    assert "AUROC, active" in capsys.readouterr().out
+    assert cli.main([*command, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in rows] == ["eap", "exact"] and rows[0]["active_auroc"] == 1
+    assert cli.main(["bench", "training", "--out", str(tmp_path)]) == 2
+    assert "unknown subject of a bench 'training'" in capsys.readouterr().err

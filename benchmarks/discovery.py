@@ -1,11 +1,15 @@
 """Cost of the discovery methods, in CPU seconds and as multiples of one plain forward of the same model and batch.
 
-    python benchmarks/discovery.py [--json] [--repeats N]
+    python benchmarks/discovery.py [--json] [--repeats N] [--growth] [--peer PYTHON]
 
 Two models with random weights, vocabulary 128, 12 positions, LayerNorm, GELU, one thread: S (2 layers, 4 heads, d 128,
 64 pairs) and M (4 layers, 8 heads, d 256, 16 pairs). A forward and the methods take turns; what is reported is the
 median, over turns, of CPU time and of its ratio to the forward of the same turn. glibc is told to keep freed memory
 (the script starts itself again with that in its environment): otherwise page faults are what is measured.
+
+``--growth`` adds models of 4, 8 and 16 layers at a fixed batch: time and memory per edge, and how a memory budget is
+kept. ``--peer`` runs auto-circuit on the same weights and pairs, in an environment of its own whose Python is given
+(``peer_auto_circuit.py`` says how to make one), and prints the ratios.
 """
 
 from __future__ import annotations
@@ -15,11 +19,16 @@ import json
 import os
 import resource
 import statistics
+import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from circuits.discovery import Graph, ablated_metric, acdc, eap, eap_ig_inputs, exact, kl_divergence
 from circuits.model import ModelConfig, Transformer
@@ -90,21 +99,139 @@ def rows(size: str, repeats: int) -> list[dict[str, object]]:
     ]
 
 
+def peer_rows(size: str, python: str) -> list[dict[str, object]]:
+    """What auto-circuit needs for the same, in its own environment."""
+    config, n = SIZES[size]
+    model, pairs = Transformer(config).eval(), pairs_of(n)
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"pairs.{name}": getattr(pairs, name) for name in ("clean", "corrupt", "correct", "wrong")}
+    sizes = {
+        name: getattr(config, name)
+        for name in ("d_vocab", "n_ctx", "n_layers", "d_model", "n_heads", "d_head", "d_mlp")
+    } | {"act_fn": "gelu", "normalization_type": "LN"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save_file({k: t.contiguous() for k, t in tensors.items()}, path, metadata={"sizes": json.dumps(sizes)})
+        script = Path(__file__).with_name("peer_auto_circuit.py")
+        said = subprocess.run([python, str(script), str(path)], capture_output=True, text=True, check=False)
+    if said.returncode:
+        raise SystemExit(f"auto-circuit could not be run:\n{said.stderr[-2000:]}")
+    found = json.loads(said.stdout.strip().splitlines()[-1])
+    return [
+        {
+            "size": size,
+            "method": f"auto-circuit {row['method']}",
+            "forwards": round(row["forwards"], 2),
+            "cpu_s": round(row["cpu_s"], 5),
+            "edges": found["edges"],
+        }
+        for row in found["rows"]
+    ]
+
+
+class PeakMemory:
+    """The most resident memory that this process has while a block runs, above what it has at the start."""
+
+    def __enter__(self) -> PeakMemory:
+        self.start, self.most, self.running = resident(), 0, True
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while self.running:
+            self.most = max(self.most, resident() - self.start)
+            time.sleep(0.002)
+
+    def __exit__(self, *_: object) -> None:
+        self.running = False
+        self.thread.join()
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize()
+
+
+def growth_rows(n_layers: int) -> list[dict[str, object]]:
+    """Time and memory per edge of a model of the width of M with more layers; run in a process of its own."""
+    config = ModelConfig(128, 12, n_layers, 256, 8, act_fn="gelu", normalization="LN", init_std=0.15)
+    model, pairs = Transformer(config).eval(), pairs_of(16)
+    n_edges = Graph.from_model(model).n_edges
+    with torch.no_grad():
+        model(pairs.clean)
+        forward = statistics.median(cpu_seconds(lambda: model(pairs.clean), 5) for _ in range(5))
+    rows: list[dict[str, object]] = []
+    budget = 256 * 2**20
+    runs: dict[str, Callable[[], object]] = {"eap": lambda: eap(model, pairs)}
+    if n_layers <= 8:
+        runs["exact"] = lambda: exact(model, pairs)
+        runs["exact, budget 256 MB"] = lambda: exact(model, pairs, memory_budget=budget)
+    for name, run in runs.items():
+        with PeakMemory() as memory:
+            spent = cpu_seconds(run, 1)
+        rows.append(
+            {
+                "size": f"{n_layers} layers",
+                "method": name,
+                "edges": n_edges,
+                "forwards": round(spent / forward, 2),
+                "cpu_s": round(spent, 5),
+                "us_per_edge": round(1e6 * spent / n_edges, 1),
+                "rss_mb": round(memory.most / 2**20),
+                "kb_per_edge": round(memory.most / 1024 / n_edges, 1),
+            }
+        )
+    return rows
+
+
+def in_a_process(n_layers: int) -> list[dict[str, object]]:
+    """Growth rows from a process of their own, so that one size's memory is not the next one's."""
+    # without the kept heap: memory that is given back must be seen to be
+    plain = {name: value for name, value in os.environ.items() if name not in HEAP}
+    call = [sys.executable, __file__, "--growth-of", str(n_layers)]
+    said = subprocess.run(call, capture_output=True, text=True, check=True, env=plain)
+    found: list[dict[str, object]] = json.loads(said.stdout)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--growth", action="store_true", help="also models of 4, 8 and 16 layers")
+    parser.add_argument("--peer", metavar="PYTHON", help="Python of an environment with auto-circuit")
+    parser.add_argument("--growth-of", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.growth_of:
+        print(json.dumps(growth_rows(arguments.growth_of)))
+        return
     if any(os.environ.get(name) != value for name, value in HEAP.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **HEAP})
-    torch.set_num_threads(1)
     found = [row for size in SIZES for row in rows(size, arguments.repeats)]
+    if arguments.peer:
+        found += [row for size in SIZES for row in peer_rows(size, arguments.peer)]
+    if arguments.growth:
+        found += [row for n_layers in (4, 8, 16) for row in in_a_process(n_layers)]
     if arguments.json:
         print(json.dumps({"rows": found}))
-        return
-    print(f"{'size':5}{'method':28}{'forwards':>9}{'CPU s':>10}{'peak MB':>9}")
+    else:
+        show(found)
+
+
+def show(found: list[dict[str, object]]) -> None:
+    columns = ["size", "method", "edges", "forwards", "cpu_s", "us_per_edge", "rss_mb", "kb_per_edge"]
+    print(f"{columns[0]:10}{columns[1]:30}" + "".join(f"{name:>13}" for name in columns[2:]))
     for row in found:
-        print(f"{row['size']:5}{row['method']:28}{row['forwards']:>9}{row['cpu_s']:>10}{row['rss_mb']:>9}")
+        cells = "".join(f"{row.get(name, '')!s:>13}" for name in columns[2:])
+        print(f"{row['size']:10}{row['method']:30}{cells}")
+    ours = {(row["size"], row["method"]): float(str(row["cpu_s"])) for row in found}
+    for (size, method), spent in ours.items():
+        peer = ours.get((size, f"auto-circuit {method}"))
+        if peer is not None:
+            print(f"{size}: auto-circuit takes {peer / spent:.2f} times as long for {method}")
 
 
 if __name__ == "__main__":

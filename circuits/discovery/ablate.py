@@ -68,7 +68,7 @@ def ablated_logits(
     sites: Sites,
     tokens: Int[Tensor, "batch pos"],
     replaced: Mapping[str, Tensor],
-    keep: Shaped[Tensor, "set edge"],
+    keep: Shaped[Tensor, "set *pos edge"],
 ) -> Float[Tensor, "set batch pos d_vocab_out"]:
     """Return the logits with each edge scaled between its replacement (0) and what its source gives in this run (1).
 
@@ -81,7 +81,7 @@ def ablated_logits(
         sites: Its sources and readers.
         tokens: What it reads.
         replaced: As from ``replacement``.
-        keep: One number per edge and set.
+        keep: One number per set and edge, or per set, token position and edge.
 
     Source: Miller, Chughtai and Saunders 2024, arXiv 2407.08734, and Conmy et al. 2023, arXiv 2304.14997
         (edges as additive terms of a reader's input); the batch over sets of edges is our own.
@@ -89,8 +89,12 @@ def ablated_logits(
     Raises:
         BadInput: ``keep`` does not have one column per edge.
     """
-    if keep.ndim != 2 or keep.shape[1] != sites.graph.n_edges:
-        raise BadInput(f"keep has shape {tuple(keep.shape)}: expected [set, {sites.graph.n_edges}], a column per edge")
+    shapes = [(sites.graph.n_edges,), (tokens.shape[1], sites.graph.n_edges)]
+    if keep.shape[1:] not in shapes:
+        raise BadInput(
+            f"keep has shape {tuple(keep.shape)}: expected [set, {sites.graph.n_edges}], a column per edge, or "
+            f"[set, {tokens.shape[1]}, {sites.graph.n_edges}], position by position"
+        )
     correction = _Correction(sites, replaced, keep.to(replaced[sites.embed]))
     with model.hooks(fwd_hooks=correction.hooks()):
         logits = model(tokens.repeat(len(keep), 1))
@@ -117,12 +121,12 @@ def ablated_logits_by_pair(
 class _Correction:
     """The hooks of one ablated forward, with what its sources have written so far."""
 
-    def __init__(self, sites: Sites, replaced: Mapping[str, Tensor], keep: Float[Tensor, "set edge"]) -> None:
+    def __init__(self, sites: Sites, replaced: Mapping[str, Tensor], keep: Float[Tensor, "set *pos edge"]) -> None:
         self.sites, self.replaced, self.n_sets = sites, replaced, len(keep)
         self.removed = sites.graph.dense(1 - keep)
         # Where the mask's gradient is wanted, an edge that is kept whole counts too.
         edge = sites.graph.dense(torch.ones_like(keep)) if keep.requires_grad else self.removed
-        self.affected: list[list[bool]] = (edge != 0).any(0).tolist()
+        self.affected: list[list[bool]] = (edge != 0).flatten(0, -3).any(0).tolist()
         # By the first of a group of neighbouring sources: what they would write if replaced, minus what they write.
         self.lacking: dict[int, Float[Tensor, "set source row d_model"]] = {}
         self.stream = torch.empty(0)
@@ -168,8 +172,12 @@ class _Correction:
             until = source + lacking.shape[1]
             if not any(any(row[source:until]) for row in self.affected[first:last]):
                 continue
-            weights = self.removed[:, first:last, source:until]
-            part = torch.bmm(weights, lacking.flatten(2))
+            weights = self.removed[..., first:last, source:until]
+            if weights.ndim == 3:
+                part = torch.bmm(weights, lacking.flatten(2))
+            else:
+                places = lacking.unflatten(2, (-1, weights.shape[1]))
+                part = torch.einsum("kprs,ksbpd->krbpd", weights, places).flatten(2)
             total = part if total is None else total + part
         return None if total is None else total.unflatten(2, (-1, self.stream.shape[-1]))
 

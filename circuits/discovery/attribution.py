@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,7 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.discovery.activations import Store, gradients, reader_gradients, source_differences, values_at
-from circuits.discovery.gradient_rules import GradientRules, ruled_sites, rules_of
+from circuits.discovery.circuit import Circuit
+from circuits.discovery.gradient_rules import GradientRules, ruled_sites, rules_details, rules_of
 from circuits.discovery.metrics import Metric, check_pairs, is_distance, name_of, select
 from circuits.discovery.sites import Sites, check_exact, sites_of
 from circuits.errors import BadInput
@@ -41,17 +44,20 @@ def integration_points(steps: int) -> list[float]:
     return [k / steps for k in range(1, steps + 1)]
 
 
-def edge_effects(
+def edge_circuit(
     model: HookedModel,
     pairs: Pairs,
     metric: Metric,
     points: Sequence[float],
     *,
+    method: str,
+    details: Mapping[str, Any] | None = None,
     rules: GradientRules | str | None = None,
+    by_position: bool = False,
     batch_size: int | None = None,
     progress: bool = False,
-) -> tuple[Sites, Float[Tensor, "pair edge"]]:
-    """Return the model's sites, and for each pair (a_corrupt - a_clean) . gradient of every edge.
+) -> Circuit:
+    """Return the circuit whose scores are (a_corrupt - a_clean) . gradient at every edge, averaged over points.
 
     Args:
         model: The model.
@@ -59,7 +65,10 @@ def edge_effects(
         metric: One number per pair.
         points: Where gradients are taken and averaged: at t the token embedding is corrupt + t (clean - corrupt),
             so 1.0 is the clean run.
+        method: The circuit's method.
+        details: What the circuit records beside the pairs and the rules.
         rules: Where gradients depart from the chain rule: a set of ``RULES`` by name, or one's own.
+        by_position: Whether to keep each token position's part of every score.
         batch_size: Pairs at a time.
         progress: Whether to show a bar.
 
@@ -70,19 +79,27 @@ def edge_effects(
     """
     sites = sites_of(model)
     names = [f"edge {source} -> {reader}" for source, reader in sites.graph.edges]
+    n_positions = pairs.clean.shape[1] if by_position else 1
     effects = effects_of(
         model,
         sites,
         pairs,
         metric,
-        along_inputs(points, _edge_product),
+        along_inputs(points, _product_by_position if by_position else _edge_product),
         at=sites.reader_hooks,
-        names=names,
+        names=names * n_positions,
         rules=rules,
         batch_size=batch_size,
         progress=progress,
+    ).unflatten(1, (n_positions, -1))
+    circuit = Circuit.of_effects(
+        sites.graph,
+        effects.sum(1),
+        method=method,
+        metric=name_of(metric),
+        details={"pairs": len(pairs), "changed": pairs.changed, **(details or {})} | rules_details(rules),
     )
-    return sites, effects
+    return replace(circuit, by_position=effects.mean(0)) if by_position else circuit
 
 
 def source_effects(
@@ -97,7 +114,7 @@ def source_effects(
 ) -> tuple[Sites, Float[Tensor, "pair source"]]:
     """Return the model's sites, and for each pair (a_corrupt - a_clean) . gradient of every source's output.
 
-    Arguments and errors are those of ``edge_effects``.
+    Arguments and errors are those of ``edge_circuit``.
     """
     sites = sites_of(model)
     names = [f"source {source}" for source in sites.graph.sources]
@@ -228,6 +245,24 @@ def _edge_product(sites: Sites, corrupt: Store, clean: Store) -> Product:
             blocks.append(torch.bmm(rows, by_pair[:, : visible[reader]].transpose(1, 2)).flatten(1))
             reader += rows.shape[1]
         return torch.cat(blocks, 1)
+
+    return product
+
+
+def _product_by_position(sites: Sites, corrupt: Store, clean: Store) -> Product:
+    """Prepare the same product position by position: of every pair first all edges at position 0, then at 1, ..."""
+    differences = source_differences(sites, corrupt, clean)
+    by_place = differences.permute(1, 2, 0, 3).flatten(0, 1)
+    visible = sites.graph.visible
+
+    def product(values: Store, grads: Store) -> Float[Tensor, "batch edge"]:
+        blocks: list[Tensor] = []
+        reader = 0
+        for gradient in gradients_by_layer(sites, values, grads):
+            rows = gradient.to(differences.dtype).permute(1, 2, 0, 3).flatten(0, 1)
+            blocks.append(torch.bmm(rows, by_place[:, : visible[reader]].transpose(1, 2)).flatten(1))
+            reader += rows.shape[1]
+        return torch.cat(blocks, 1).unflatten(0, (differences.shape[1], -1)).flatten(1)
 
     return product
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +44,20 @@ class Circuit:
     details: Mapping[str, Any] = field(default_factory=dict)
     signed: bool = True
     """Whether a score's sign says which way the metric goes; without, every ranking goes by size."""
+    by_position: Float[Tensor, "pos edge"] | None = None
+    """The same of each token position by itself, where it was asked for: the source's output and the reader's input
+    at that position."""
 
     def __post_init__(self) -> None:
         for name in ("scores", "kept"):
             if getattr(self, name).shape != (self.graph.n_edges,):
                 shape = tuple(getattr(self, name).shape)
                 raise BadInput(f"{name} has shape {shape}: expected one number for each of {self.graph.n_edges} edges")
+
+        if self.by_position is not None and self.by_position.shape[1:] != self.scores.shape:
+            raise BadInput(
+                f"by_position has shape {tuple(self.by_position.shape)}: expected [position, {self.graph.n_edges}]"
+            )
 
     @staticmethod
     def of_effects(
@@ -156,6 +164,7 @@ class Circuit:
             per_example=zeros.expand(len(self.per_example), -1).index_add(1, whole, self.per_example[:, part])
             if sums and self.per_example is not None
             else None,
+            by_position=None,
         )
 
     def interval(
@@ -204,6 +213,29 @@ class Circuit:
 
         return draw_circuit(self, top=top)
 
+    def positions_figure(self, *, top: int = 25) -> go.Figure:
+        """Return at which token positions the ``top`` largest kept edges count.
+
+        Raises:
+            BadInput: the method was not asked for scores by position.
+        """
+        from circuits.discovery.figures import draw_map
+
+        if self.by_position is None:
+            raise BadInput(f"{self.method} kept no scores by position: ask for them with by_position=True")
+        largest = self.by_position.abs().amax(0) * self.kept
+        order = largest.argsort(descending=True, stable=True)[:top]
+        order = order[largest[order] > 0].flip(0)
+        return draw_map(
+            self.by_position[:, order].T.tolist(),
+            title=f"The {len(order)} largest edges by token position",
+            subtitle=f"{self.method}, {self.metric}",
+            x="position",
+            y="edge",
+            unit=self.metric,
+            names=[" → ".join(self.graph.edges[i]) for i in order.tolist()],
+        )
+
     def _repr_html_(self) -> str:
         frame = self.to_frame()
         rows = frame[frame.pop("kept")].head(15).to_html(float_format=lambda v: f"{v:+.4f}")
@@ -225,8 +257,9 @@ class Circuit:
 
         directory = make_directory(directory)
         tensors = {"scores": self.scores, "kept": self.kept}
-        if self.per_example is not None:
-            tensors["per_example"] = self.per_example
+        tensors |= {
+            name: tensor for name in ("per_example", "by_position") if (tensor := getattr(self, name)) is not None
+        }
         data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
         fields = {name: getattr(self, name) for name in ("graph", "method", "metric", "details", "signed")}
         digest = atomic_write(directory / "circuit.safetensors", data)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from circuits.discovery.attribution import edge_effects
+from circuits.discovery.attribution import edge_circuit
 from circuits.discovery.circuit import Circuit
-from circuits.discovery.gradient_rules import GradientRules, rules_details
-from circuits.discovery.metrics import Metric, logit_difference, name_of
+from circuits.discovery.gradient_rules import GradientRules
+from circuits.discovery.metrics import Metric, logit_difference
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
 
@@ -16,6 +16,7 @@ def clean_corrupted(
     metric: Metric = logit_difference,
     *,
     rules: GradientRules | str | None = None,
+    by_position: bool = False,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -29,6 +30,7 @@ def clean_corrupted(
         pairs: Clean and corrupt inputs.
         metric: One number per pair from the logits at its position.
         rules: Where gradients depart from the chain rule: ``"gim"``, ``"relp"`` or ``GradientRules`` of one's own.
+        by_position: Whether to keep each token position's part of every score too, in ``Circuit.by_position``.
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         progress: Whether to show a bar.
 
@@ -42,8 +44,14 @@ def clean_corrupted(
         UnknownName: no set of rules has this name.
         UnsupportedModel: the model has a part that edges cannot represent, or that a rule cannot.
     """
-    sites, effects = edge_effects(
-        model, pairs, metric, [1.0, 0.0], rules=rules, batch_size=batch_size, progress=progress
+    return edge_circuit(
+        model,
+        pairs,
+        metric,
+        [1.0, 0.0],
+        method="clean-corrupted",
+        rules=rules,
+        by_position=by_position,
+        batch_size=batch_size,
+        progress=progress,
     )
-    details = {"pairs": len(pairs), "changed": pairs.changed} | rules_details(rules)
-    return Circuit.of_effects(sites.graph, effects, method="clean-corrupted", metric=name_of(metric), details=details)

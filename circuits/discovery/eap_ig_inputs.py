@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from circuits.discovery.attribution import edge_effects, integration_points
+from circuits.discovery.attribution import edge_circuit, integration_points
 from circuits.discovery.circuit import Circuit
-from circuits.discovery.gradient_rules import GradientRules, rules_details
-from circuits.discovery.metrics import Metric, logit_difference, name_of
+from circuits.discovery.gradient_rules import GradientRules
+from circuits.discovery.metrics import Metric, logit_difference
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
 
@@ -17,6 +17,7 @@ def eap_ig_inputs(
     *,
     steps: int = 5,
     rules: GradientRules | str | None = None,
+    by_position: bool = False,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -33,6 +34,7 @@ def eap_ig_inputs(
         metric: One number per pair from the logits at its position; ``logit_difference`` unless given.
         steps: Points on the path.
         rules: Where gradients depart from the chain rule: ``"gim"``, ``"relp"`` or ``GradientRules`` of one's own.
+        by_position: Whether to keep each token position's part of every score too, in ``Circuit.by_position``.
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         progress: Whether to show a bar.
 
@@ -46,7 +48,15 @@ def eap_ig_inputs(
         UnknownName: no set of rules has this name.
         UnsupportedModel: the model has a part that edges cannot represent, or that a rule cannot.
     """
-    points = integration_points(steps)
-    sites, effects = edge_effects(model, pairs, metric, points, rules=rules, batch_size=batch_size, progress=progress)
-    details = {"pairs": len(pairs), "changed": pairs.changed, "steps": steps} | rules_details(rules)
-    return Circuit.of_effects(sites.graph, effects, method="eap-ig-inputs", metric=name_of(metric), details=details)
+    return edge_circuit(
+        model,
+        pairs,
+        metric,
+        integration_points(steps),
+        method="eap-ig-inputs",
+        details={"steps": steps},
+        rules=rules,
+        by_position=by_position,
+        batch_size=batch_size,
+        progress=progress,
+    )

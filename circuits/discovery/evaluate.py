@@ -30,7 +30,7 @@ ALL_SIZES_UP_TO = 256
 def ablated_metric(
     model: HookedModel,
     pairs: Pairs,
-    keep: Bool[Tensor, "set edge"],
+    keep: Bool[Tensor, "set *pos edge"],
     *,
     metric: Metric = logit_difference,
     ablation: str | Mapping[str, Tensor] = "corrupt",
@@ -41,7 +41,8 @@ def ablated_metric(
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
         pairs: Clean and corrupt inputs.
-        keep: Which edges of ``Graph.from_model(model)`` keep their source's output of this very run.
+        keep: Which edges of ``Graph.from_model(model)`` keep their source's output of this very run; with a dimension
+            for token positions in between, at which of them.
         metric: One number per pair.
         ablation: What the other edges carry: ``corrupt``: their source's output on the corrupt input; ``mean``: its
             mean over the clean inputs, position by position; ``zero``: nothing; or constants, by hook name, as from

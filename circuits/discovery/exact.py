@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -10,7 +13,8 @@ from tqdm.auto import tqdm
 from circuits.discovery.batches import Ablation, Setting, patchings, setting_of, whole_effects
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.metrics import Metric, is_distance, logit_difference, name_of
-from circuits.errors import BadInput
+from circuits.discovery.patching import Patching
+from circuits.errors import BadInput, UnsupportedModel
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
 
@@ -22,6 +26,7 @@ def exact(
     *,
     ablation: Ablation = "corrupt",
     denoising: bool = False,
+    by_position: bool = False,
     memory_budget: int | None = None,
     batch_size: int | None = None,
     progress: bool = False,
@@ -46,6 +51,8 @@ def exact(
             that edge from the clean run), negative where restoring helps. Such scores are near zero in deep models,
             where an answer needs a whole path of clean edges and one alone restores nothing; what a single edge is
             needed for shows in noising. Restoring means something for edges into the logits and for whole sources.
+        by_position: Whether to patch every edge at each token position alone too, into ``Circuit.by_position``; it
+            costs as much again for each position. These effects do not add up to the edge's.
         memory_budget: Bytes that the computation may take beside the model, from which the batches follow; None keeps
             the activations within 512 MB.
         batch_size: Pairs at a time, at most.
@@ -65,9 +72,10 @@ def exact(
     """
     with torch.no_grad():
         setting = setting_of(model, pairs, metric, ablation=ablation, denoising=denoising, batch_size=batch_size)
-        effects = _effects(setting, memory_budget, batch_size, progress)
+        places = [None, *range(pairs.clean.shape[1])] if by_position else [None]
+        effects, *alone = _effects(setting, places, memory_budget, batch_size, progress)
     check_effects(setting, effects)
-    return Circuit.of_effects(
+    circuit = Circuit.of_effects(
         setting.sites.graph,
         -effects if denoising else effects,
         method="exact",
@@ -75,20 +83,42 @@ def exact(
         details=setting.details(ablation),
         signed=not is_distance(metric),
     )
+    if not by_position:
+        return circuit
+    means = torch.stack([one.mean(0) for one in alone])
+    return replace(circuit, by_position=-means if denoising else means)
 
 
 def _effects(
-    setting: Setting, memory_budget: int | None, batch_size: int | None, progress: bool
-) -> Float[Tensor, "pair edge"]:
+    setting: Setting,
+    places: Sequence[int | None],
+    memory_budget: int | None,
+    batch_size: int | None,
+    progress: bool,
+) -> list[Float[Tensor, "pair edge"]]:
+    """Return the effects of every edge at all positions (None) or at one."""
     n_edges = setting.sites.graph.n_edges
     with tqdm(total=None, desc="exact patching", unit="edge", disable=not progress) as bar:
         if setting.blocks is None:
+            if len(places) > 1:
+                raise UnsupportedModel(f"patching by position runs the model part by part: {setting.why_whole}")
             alone = torch.eye(n_edges, dtype=torch.bool, device=setting.pairs.clean.device)
-            return whole_effects(setting, alone, batch_size=batch_size, advance=bar.update)
-        out = torch.empty(len(setting.pairs), n_edges, device=setting.pairs.clean.device)
+            return [whole_effects(setting, alone, batch_size=batch_size, advance=bar.update)]
+        out = [torch.zeros(len(setting.pairs), n_edges, device=setting.pairs.clean.device) for _ in places]
         for rows, patching in patchings(setting, memory_budget=memory_budget, batch_size=batch_size):
-            out[rows] = patching.edge_effects(bar.update).T.to(out.dtype)
+            for found, place in zip(out, places, strict=True):
+                found[rows] = _at(patching, place).edge_effects(bar.update).T.to(found.dtype)
     return out
+
+
+def _at(patching: Patching, place: int | None) -> Patching:
+    """Return the run in which sources change at one position only."""
+    if place is None:
+        return patching
+    changes = torch.zeros_like(patching.changes)
+    if place < changes.shape[2]:
+        changes[:, :, place] = patching.changes[:, :, place]
+    return replace(patching, changes=changes)
 
 
 def check_effects(setting: Setting, effects: Float[Tensor, "pair part"], *, moved: bool = False) -> None:
@@ -105,7 +135,7 @@ def check_effects(setting: Setting, effects: Float[Tensor, "pair part"], *, move
         )
 
 
-def check_finite(setting: Setting, effects: Float[Tensor, pair * part]) -> None:
+def check_finite(setting: Setting, effects: Float[Tensor, "pair ..."]) -> None:
     """Check that effects are numbers.
 
     Raises:

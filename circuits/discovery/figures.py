@@ -242,12 +242,22 @@ def draw_completeness(result: Completeness) -> go.Figure:
     return figure
 
 
-def draw_map(scores: Sequence[Sequence[float]], *, title: str, subtitle: str, x: str, y: str, unit: str) -> go.Figure:
-    """Return effects as colours, one row per layer with the first at the bottom, the same colours as of edges."""
+def draw_map(
+    scores: Sequence[Sequence[float]],
+    *,
+    title: str,
+    subtitle: str,
+    x: str,
+    y: str,
+    unit: str,
+    names: Sequence[str] | None = None,
+) -> go.Figure:
+    """Return effects as colours, the first row at the bottom, the same colours as of edges; rows may have names."""
     largest = max((abs(value) for row in scores for value in row), default=0.0) or 1.0
     figure = go.Figure(
         go.Heatmap(
             z=scores,
+            y=None if names is None else list(names),
             zmin=-largest,
             zmax=largest,
             colorscale=[[0, SUPPORTS], [0.5, "white"], [1, OPPOSES]],
@@ -255,11 +265,13 @@ def draw_map(scores: Sequence[Sequence[float]], *, title: str, subtitle: str, x:
             hovertemplate=f"{y} %{{y}}, {x} %{{x}}<br>effect %{{z:+.4g}}<extra></extra>",
         )
     )
+    rows = {"dtick": max(1, len(scores) // 16)} if names is None else {"type": "category", "automargin": True}
     figure.update_layout(
         template="circuits",
         title=f"{title}<br><sup>{subtitle}</sup>",
-        xaxis={"title": x, "dtick": max(1, len(scores[0]) // 16), "showgrid": False},
-        yaxis={"title": y, "dtick": max(1, len(scores) // 16), "showgrid": False},
+        xaxis={"title": x, "dtick": max(1, len(scores[0]) // 16) if scores else 1, "showgrid": False},
+        yaxis={"title": y, "showgrid": False, **rows},
+        height=None if names is None else 160 + 20 * len(names),
     )
     return figure
 

@@ -130,7 +130,7 @@ def _shared(
     return None if ablation == "corrupt" else replacement(model, sites, pairs, ablation, batch_size=256)
 
 
-def _reference(model: HookedModel, pairs: Pairs, metric: Metric | None) -> Float[Tensor, pair * vocab]:
+def _reference(model: HookedModel, pairs: Pairs, metric: Metric | None) -> Float[Tensor, "pair ..."]:
     found: list[Tensor] = []
     with torch.no_grad():
         for rows in torch.arange(len(pairs), device=pairs.clean.device).split(256):

@@ -67,6 +67,8 @@ class Patching:
         """Return what changing each edge alone does to each pair's metric, in the order of the graph's edges."""
         graph = self.blocks.sites.graph
         out = self.base.new_zeros(graph.n_edges, len(self.base))
+        if not self.live:
+            return out
         table = graph.dense(torch.arange(graph.n_edges, device=out.device)).tolist()
         reader = 0
         for i, layer in enumerate(self.blocks.sites.layers):
@@ -95,6 +97,8 @@ class Patching:
     def source_effects(self, advance: Advance = _silent) -> Float[Tensor, "source pair"]:
         """Return what changing all that each source alone writes does to each pair's metric."""
         out = self.base.new_zeros(len(self.changes), len(self.base))
+        if not self.live:
+            return out
         u = len(self.changes) - sum(len(y.W_O) + (y.mlp_out is not None) for y in self.blocks.sites.layers)
         for sources in self._groups(u, self.chunk):
             out[sources] = self.from_block(0, self.stream(0) + self.changes[sources])

@@ -78,8 +78,8 @@ def complete(run: Planned) -> None:
         return
     seconds = time.perf_counter() - started
     analyse(trained, run.analysis)
-    steps = int(trained.metrics["step"].max())
-    record(run, "done", steps=steps, seconds=seconds, matched_steps=matched_step(trained))
+    steps, spent = int(trained.metrics["step"].max()), time.perf_counter() - started - seconds
+    record(run, "done", steps=steps, seconds=seconds, analysis_seconds=spent, matched_steps=matched_step(trained))
 
 
 def analyse(run: Run, folder: Path) -> Analysis:

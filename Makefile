@@ -13,12 +13,17 @@ RUNTIME := $(VENV)/.installed
 TESTS := $(VENV)/.installed-test
 DOCS := $(VENV)/.installed-docs
 
-.PHONY: help study test lint types docs bench notebooks clean
+TL3 := .venv-tl3
+# The model and the discovery engine on the last TransformerLens 3, which other circuit discovery packages need.
+TL3_TESTS := $(addprefix tests/test_,model.py discovery.py discovery_errors.py against_transformer_lens.py)
+
+.PHONY: help study test test-tl3 lint types docs bench notebooks clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make study      set up, train and analyse the quick arithmetic study, write $(OUT)/report.html"
 	@echo "make test       set up, then linter, type checker, the whole test suite and the notebooks"
+	@echo "make test-tl3   the tests of models and discovery in $(TL3), which has TransformerLens 3.9"
 	@echo "make docs       build the documentation into docs/_build/html, warnings are errors"
 	@echo "make bench      run the speed benchmarks"
 	@echo "make notebooks  run the notebooks again and keep their outputs"
@@ -57,6 +62,16 @@ test: $(TESTS)
 	echo "pytest"; $(BIN)/python -m pytest -n $(JOBS) --nbmake tests notebooks || status=1; \
 	exit $$status
 
+# torch first and alone, as above.
+$(TL3)/.installed: pyproject.toml constraints-tl3.txt
+	$(PYTHON) -m venv $(TL3)
+	$(TL3)/bin/python -m pip install --disable-pip-version-check --constraint constraints-tl3.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(TL3)/bin/python -m pip install --disable-pip-version-check --constraint constraints-tl3.txt --editable . pytest pytest-xdist hypothesis beartype
+	@touch $@
+
+test-tl3: $(TL3)/.installed
+	$(TL3)/bin/python -m pytest -n $(JOBS) $(TL3_TESTS)
+
 lint: $(TESTS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -75,6 +90,6 @@ notebooks: $(TESTS)
 	$(BIN)/python -m pytest --nbmake --overwrite notebooks
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info docs/_build docs/generated tests/artifacts
+	rm -rf $(VENV) $(TL3) build dist *.egg-info docs/_build docs/generated tests/artifacts
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -206,7 +206,14 @@ def to_bridge(cfg: Any, state: Mapping[str, Tensor], *, softmax_share: float) ->
         raise UnsupportedModel(f"a native TransformerBridge cannot represent {' and '.join(lacking)}")
     from transformer_lens.config import TransformerBridgeConfig
     from transformer_lens.model_bridge.sources import native
-    from transformer_lens.utilities.tl_checkpoint_conversion import convert_tl_checkpoint
+
+    try:
+        from transformer_lens.utilities.tl_checkpoint_conversion import convert_tl_checkpoint
+    except ModuleNotFoundError as error:
+        raise UnsupportedModel(
+            "a native TransformerBridge takes weights by name since TransformerLens 4, and this is an older one: "
+            "install transformer-lens>=4, or analyse the model itself"
+        ) from error
 
     sizes = ("d_model", "d_head", "n_layers", "n_ctx", "n_heads", "d_vocab", "d_vocab_out", "d_mlp", "eps", "dtype")
     kinds = ("act_fn", "normalization_type", "attn_only", "attention_dir", "gated_mlp")

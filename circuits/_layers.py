@@ -124,8 +124,9 @@ class HookPoint(LensHookPoint):
             return result
 
         handle = super().add_hook(checked, *args, **kwargs)
-        if handle is not None:
-            handle.user_hook = hook
+        for listed in (*self.fwd_hooks, *self.bwd_hooks):  # TransformerLens 3 returns no handle
+            if listed.user_hook is checked:
+                listed.user_hook = hook
         return handle
 
 

@@ -289,7 +289,7 @@ class Transformer(HookedRootModule):
         """Return a native ``TransformerBridge`` with equal logits. A tied unembedding becomes a copy.
 
         Raises:
-            UnsupportedModel: the model has a part that a native bridge lacks.
+            UnsupportedModel: the model has a part that a native bridge lacks, or TransformerLens is older than 4.
         """
         state = self.state_dict() | {"unembed.W_U": self.W_U}
         return _convert.to_bridge(self.cfg, state, softmax_share=self.config.softmax_share).train(self.training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,12 @@ from hypothesis import settings
 from jaxtyping import config as jaxtyping_config
 
 REFERENCE_DATA = "CIRCUITS_REFERENCE_DATA"
+
+LENS_4 = importlib.metadata.version("transformer-lens") >= "4"
+NO_NATIVE = "to_bridge needs transformer_lens.utilities.tl_checkpoint_conversion, which TransformerLens has since 4"
+NO_EDGES = "attribution_patching by edges is not in TransformerLens before 4"
+needs_native_bridge = pytest.mark.skipif(not LENS_4, reason=NO_NATIVE)
+needs_edge_attribution = pytest.mark.skipif(not LENS_4, reason=NO_EDGES)
 
 # No deadline: a shared machine is slow now and then. Derandomised: the suite gives everybody the same answer.
 settings.register_profile("circuits", deadline=None, derandomize=True, database=None)

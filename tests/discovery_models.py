@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import LENS_4, NO_NATIVE
 from torch import Tensor
 
 from circuits.discovery import Graph, logit_difference
@@ -180,6 +181,8 @@ shapes = pytest.mark.parametrize("shape", SHAPES)
 
 def model_of(shape: str) -> Any:
     if shape == "native":
+        if not LENS_4:
+            pytest.skip(NO_NATIVE)
         return build("layer-norm").to_bridge()
     if shape == "constant-uniform":
         return build("uniform", uniform_weight=0.7, softmax_share=0.25, normalization="RMS")

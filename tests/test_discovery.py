@@ -1,4 +1,4 @@
-"""Edge scores and ablations against slow references: a naive masked model, one edge at a time, and TransformerLens."""
+"""Edge scores and ablations against slow references: a naive masked model and one edge at a time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
+from conftest import needs_native_bridge
 from discovery_models import Naive, at_answers, build, close, hugging_face, planted, some_pairs, variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -140,42 +141,6 @@ def test_every_method_recovers_a_planted_circuit(method: str) -> None:
     assert result.cmd < result.cmd_random_interval[0]
 
 
-@pytest.mark.parametrize("architecture", ["GPT2", "GPTNeoX"])
-def test_scores_and_ablations_equal_transformer_lens_own(architecture: str) -> None:
-    from transformer_lens.tools.analysis import attribution_patching as ap
-
-    model, pairs = hugging_face(architecture), some_pairs(2)
-    pairs = replace(pairs, position=torch.full((2,), 3), correct=torch.tensor([4, 4]), wrong=torch.tensor([7, 7]))
-
-    def metric(logits: Tensor) -> Tensor:
-        return logits[0, -1, 4] - logits[0, -1, 7]
-
-    # Theirs goes from the run with gradients to the other one: hand it the clean run as the corrupt one.
-    config = ap.EdgeAttributionConfig(granularity="edge")
-    theirs = ap.attribution_patch(model, pairs.corrupt, pairs.clean, metric, config).edge_scores
-    circuit = eap(model, pairs)
-    expected = torch.zeros(circuit.graph.n_edges)
-    for (writer, reader), score in theirs.items():
-        expected[circuit.graph.index(*lens_names(writer, reader))] += score
-    assert close(circuit.scores, expected, 1e-5)
-
-    one = Pairs(*(t[:1] for t in (pairs.clean, pairs.corrupt, pairs.position, pairs.correct, pairs.wrong)), changed="")
-    gone = {lens_names(*edge) for i, edge in enumerate(theirs) if not i % 3 and edge[0].position == 3}
-    kept = [edge for edge in theirs if lens_names(*edge) not in gone]
-    result = ap.faithfulness(model, one.clean, one.corrupt, metric, kept)
-    got = discovery.ablated_metric(model, one, ~circuit.graph.mask(gone)[None])[0, 0]
-    gap = result.full_metric - result.corrupt_metric
-    assert float(got) == pytest.approx(result.corrupt_metric + result.recovered * gap, abs=1e-4 * abs(gap))
-
-
-def lens_names(writer: Any, reader: Any) -> tuple[str, str]:
-    """Our names of an edge of TransformerLens's graph."""
-    source = {"embed": "embed", "mlp_out": f"m{writer.layer}"}.get(writer.kind, f"a{writer.layer}.h{writer.head}")
-    if reader.kind in ("mlp_in", "logits"):
-        return source, "logits" if reader.kind == "logits" else f"m{reader.layer}"
-    return source, f"a{reader.layer}.h{reader.head}.{reader.kind[0]}"
-
-
 def one_edge_through_the_models_own_modules(model: Any, pairs: Pairs, source: Tensor, reader: str) -> Tensor:
     """The metric of the clean run in which one reader sees ``source`` more, by the bridge's own norm and weights."""
     if reader == "logits" or reader.startswith("m"):
@@ -223,6 +188,7 @@ def test_single_edges_of_hugging_face_models_equal_a_loop_that_patches_one_at_a_
     assert ("kv" in str(graph.readers)) == (architecture == "Llama")
 
 
+@needs_native_bridge
 @pytest.mark.parametrize("variant", ["none", "layer-norm", "rms-gated-no-positions", "attention-only"])
 def test_a_native_bridge_gives_what_our_own_model_gives(variant: str) -> None:
     changes = {"positional": True, "mlp_bias": True, "gated": False} if variant.startswith("rms") else {}

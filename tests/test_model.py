@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from conftest import reference_folder
+from conftest import needs_edge_attribution, needs_native_bridge, reference_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -526,6 +526,7 @@ def test_activation_patching_restores_the_clean_run() -> None:
     torch.testing.assert_close(product.AB, model.W_V[1, 0] @ model.W_O[1, 0])
 
 
+@needs_edge_attribution
 def test_attribution_patching_by_edges_is_writer_difference_times_reader_gradient() -> None:
     from transformer_lens.tools.analysis import attribution_patching as ap
 
@@ -561,6 +562,7 @@ def test_attribution_patching_by_edges_is_writer_difference_times_reader_gradien
     assert_no_hooks(model)
 
 
+@needs_native_bridge
 def test_attribution_patching_by_nodes_agrees_with_the_bridge() -> None:
     from transformer_lens.tools.analysis import attribution_patching as ap
 
@@ -577,6 +579,7 @@ def test_attribution_patching_by_nodes_agrees_with_the_bridge() -> None:
 # --- bridge --------------------------------------------------------------------------------------------------------
 
 
+@needs_native_bridge
 @pytest.mark.parametrize("variant", ["plain", "layer-norm", "gated-rms-tied", "attention-only", "bidirectional"])
 @torch.no_grad()
 def test_a_bridge_has_equal_logits(variant: str) -> None:
@@ -595,6 +598,7 @@ def test_a_bridge_has_equal_logits(variant: str) -> None:
         cm.module_of(model, "blocks.1.ln9")
 
 
+@needs_native_bridge
 @torch.no_grad()
 def test_a_bridge_shares_the_activations_by_name() -> None:
     model = build("layer-norm")

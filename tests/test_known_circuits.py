@@ -128,15 +128,18 @@ def test_training_makes_the_swap_work() -> None:
     assert first["task"] < 0.4 < 0.5 < last["task"] and last["total"] > first["total"]
 
 
-def test_a_compiled_program_is_compiled_to_the_weights_that_are_stored() -> None:
+def test_a_compiled_program_is_compiled_to_the_weights_that_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tracr", reason="the extra tracr is not installed: programs are not compiled again")
     import importlib.util
+    import sys
     from pathlib import Path
 
     path = Path(__file__).parent.parent / "tools" / "compile_programs.py"
     spec = importlib.util.spec_from_file_location("compile_programs", path)
     assert spec is not None and spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
+    # a dataclass looks its module up there
+    monkeypatch.setitem(sys.modules, "compile_programs", tool)
     spec.loader.exec_module(tool)
     tensors = tool.tensors_of(*tool.compile_program(tool.PROGRAMS["hist"]))
     state = load_program("hist").model.state_dict()

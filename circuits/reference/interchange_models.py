@@ -1,4 +1,4 @@
-"""Small transformers trained so that chosen components carry chosen variables, and no other component matters.
+"""Small transformers trained so that chosen components carry chosen variables, and no other one by itself matters.
 
 ``python -m circuits.reference.interchange_models`` trains them anew into the files that come with the package.
 """

@@ -1,7 +1,7 @@
 """Models whose circuit is known: which edges do the work, to check discovery methods on.
 
 Three kinds, by how they are made: programs compiled to weights (``compiled_programs``), models trained until swapping
-a component's output swaps a known variable (``interchange_training``), and a network without any nonlinearity, where
+a component's output swaps a known variable (``interchange_models``), and a network without any nonlinearity, where
 first-order scores are exact (``linear_network``).
 """
 

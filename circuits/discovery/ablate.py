@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from circuits.discovery.activations import Store, head_outputs, source_values
-from circuits.discovery.sites import Layer, Sites
+from circuits.discovery.activations import Store, head_outputs, neuron_outputs, source_values
+from circuits.discovery.sites import Layer, Neurons, Sites
 from circuits.errors import BadInput, UnknownName
 from circuits.model import Hook, HookedModel
 from circuits.tasks.base import Pairs
@@ -146,19 +146,21 @@ class _Correction:
             hooks.append((layer.z, self._wrote(source, layer.z, layer)))
             source += layer.W_O.shape[0]
             if layer.mlp_in is not None and layer.mlp_out is not None:
-                hooks += [(layer.mlp_in, self._reads(reader)), (layer.mlp_out, self._wrote(source, layer.mlp_out))]
-                source, reader = source + 1, reader + 1
+                name = layer.mlp_out if layer.neurons is None else layer.neurons.post
+                hooks += [(layer.mlp_in, self._reads(reader)), (name, self._wrote(source, name, layer.neurons))]
+                source, reader = source + layer.n_mlp_sources, reader + 1
         return [*hooks, (self.sites.final, self._reads(reader))]
 
-    def _wrote(self, source: int, name: str, heads_of: Layer | None = None) -> Callable[..., None]:
-        """Take note of what a source, or all heads of a layer from that source on, would write if replaced."""
+    def _wrote(self, source: int, name: str, parts: Layer | Neurons | None = None) -> Callable[..., None]:
+        """Take note of what a source, or all heads or neurons of a layer from it on, would write if replaced."""
 
         def hook(tensor: Tensor, *, hook: Any) -> None:
             lacking = self.replaced[name] - tensor.unflatten(0, (self.n_sets, -1))
-            if heads_of is None:
+            if parts is None:
                 self.lacking[source] = lacking.flatten(1, 2)[:, None]
-            else:
-                self.lacking[source] = head_outputs(heads_of, lacking).flatten(2, 3).transpose(0, 1)
+                return
+            written = head_outputs if isinstance(parts, Layer) else neuron_outputs
+            self.lacking[source] = written(parts, lacking).flatten(2, 3).transpose(0, 1)  # type: ignore[arg-type]
 
         return hook
 

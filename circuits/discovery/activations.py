@@ -11,7 +11,7 @@ from torch import Tensor
 
 from circuits.discovery.gradient_rules import GradientRules, Rewriting
 from circuits.discovery.metrics import Metric, measure, name_of
-from circuits.discovery.sites import Layer, Sites, check_exact
+from circuits.discovery.sites import Layer, Neurons, Sites, check_exact
 from circuits.errors import BadInput
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
@@ -137,9 +137,12 @@ def source_differences(
         heads = layer.W_O.shape[0]
         out[at : at + heads] = head_outputs(layer, (corrupt[layer.z] - clean[layer.z]).to(dtype))
         at += heads
-        if layer.mlp_out is not None:
+        if layer.neurons is not None:
+            post = layer.neurons.post
+            out[at : at + layer.n_mlp_sources] = neuron_outputs(layer.neurons, (corrupt[post] - clean[post]).to(dtype))
+        elif layer.mlp_out is not None:
             out[at] = corrupt[layer.mlp_out] - clean[layer.mlp_out]
-            at += 1
+        at += layer.n_mlp_sources
     return out
 
 
@@ -147,6 +150,14 @@ def head_outputs(layer: Layer, z: Float[Tensor, "*batch pos head d_head"]) -> Fl
     """Return what each head writes, without the output bias, which belongs to no head."""
     rows = z.flatten(0, -3).transpose(0, 1)
     return torch.bmm(rows, layer.W_O.to(z.dtype)).unflatten(1, z.shape[:-2])
+
+
+def neuron_outputs(
+    neurons: Neurons, post: Float[Tensor, "*batch pos neuron"]
+) -> Float[Tensor, "neuron *batch pos d_model"]:
+    """Return what each neuron writes, without the output bias, which belongs to none."""
+    W = neurons.W_out.to(post.dtype)
+    return post.movedim(-1, 0)[..., None] * W.view(len(W), *[1] * (post.ndim - 1), -1)
 
 
 def reader_gradients(

@@ -54,6 +54,7 @@ def edge_circuit(
     details: Mapping[str, Any] | None = None,
     rules: GradientRules | str | None = None,
     by_position: bool = False,
+    neurons: bool = False,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -69,6 +70,7 @@ def edge_circuit(
         details: What the circuit records beside the pairs and the rules.
         rules: Where gradients depart from the chain rule: a set of ``RULES`` by name, or one's own.
         by_position: Whether to keep each token position's part of every score.
+        neurons: Whether the neurons of MLPs are sources.
         batch_size: Pairs at a time.
         progress: Whether to show a bar.
 
@@ -77,7 +79,7 @@ def edge_circuit(
         UnknownName: no set of rules has this name.
         UnsupportedModel: the model has a part that edges cannot represent, or that a rule cannot.
     """
-    sites = sites_of(model)
+    sites = sites_of(model, neurons=neurons)
     names = [f"edge {source} -> {reader}" for source, reader in sites.graph.edges]
     n_positions = pairs.clean.shape[1] if by_position else 1
     effects = effects_of(

@@ -60,7 +60,14 @@ class Setting:
 
 
 def setting_of(
-    model: HookedModel, pairs: Pairs, metric: Metric, *, ablation: Ablation, denoising: bool, batch_size: int | None
+    model: HookedModel,
+    pairs: Pairs,
+    metric: Metric,
+    *,
+    ablation: Ablation,
+    denoising: bool,
+    batch_size: int | None,
+    neurons: bool = False,
 ) -> Setting:
     """Return what is to be patched, checked.
 
@@ -77,7 +84,7 @@ def setting_of(
             f"denoising restores clean activations in the corrupt run: expected ablation = 'corrupt', not {ablation!r}"
         )
     pairs = pairs.to(model.cfg.device)
-    sites = sites_of(model)
+    sites = sites_of(model, neurons=neurons)
     check_model(model, sites, pairs.clean)
     replaced: Mapping[str, Tensor] | None = None
     if not isinstance(ablation, str):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from circuits._io import atomic_write, from_json, make_directory, read_bytes, read_json, to_json, write_json
 from circuits._stats import resampling_counts
-from circuits.discovery.graph import Graph
+from circuits.discovery.graph import Graph, component
 from circuits.errors import BadInput, CorruptRun, IncompatibleRun
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Circuit:
         return other.kept.to(self.kept.device)
 
     def merged(self) -> Circuit:
-        """Return the circuit between whole components, in which a head's q, k and v are one: see ``Graph.merged``.
+        """Return the circuit between whole components, in which a head's q, k and v (and an MLP's neurons) are one.
 
         A merged edge's score is the sum of its edges', which is what ablating them together does to first order (of
         scores that are not ``signed``, the largest of them); it is kept if one of them is.
@@ -147,9 +147,9 @@ class Circuit:
         graph = self.graph.merged()
         names = dict(zip(self.graph.readers, self.graph.feeds, strict=True))
         pairs = [
-            (i, graph.index(source, target))
+            (i, graph.index(component(source), target))
             for i, (source, reader) in enumerate(self.graph.edges)
-            for target in ([self.graph.sources[u] for u in names[reader]] or [reader])
+            for target in dict.fromkeys(component(self.graph.sources[u]) for u in names[reader]) or [reader]
         ]
         part, whole = torch.tensor(pairs, device=self.scores.device).T
         zeros = self.scores.new_zeros(graph.n_edges)
@@ -195,7 +195,7 @@ class Circuit:
         return pd.DataFrame(columns | {"kept": self.kept[order].tolist()}, index=pd.Index(order, name="edge"))
 
     def to_networkx(self) -> nx.MultiDiGraph:
-        """Return the kept edges as a graph between components, with ``reader`` and ``score`` on every edge."""
+        """Return the kept edges between components; every edge has its ``writer``, ``reader`` and ``score``."""
         import networkx as nx
 
         graph = nx.MultiDiGraph(method=self.method, metric=self.metric)
@@ -203,8 +203,8 @@ class Circuit:
         scores = self.scores.tolist()
         for source, reader in self.edges:
             score = scores[self.graph.index(source, reader)]
-            for target in [self.graph.sources[i] for i in targets[reader]] or [reader]:
-                graph.add_edge(source, target, reader=reader, score=score)
+            for target in dict.fromkeys(component(self.graph.sources[i]) for i in targets[reader]) or [reader]:
+                graph.add_edge(component(source), target, writer=source, reader=reader, score=score)
         return graph
 
     def figure(self, *, top: int = 40) -> go.Figure:

@@ -17,6 +17,7 @@ def clean_corrupted(
     *,
     rules: GradientRules | str | None = None,
     by_position: bool = False,
+    neurons: bool = False,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -31,6 +32,7 @@ def clean_corrupted(
         metric: One number per pair from the logits at its position.
         rules: Where gradients depart from the chain rule: ``"gim"``, ``"relp"`` or ``GradientRules`` of one's own.
         by_position: Whether to keep each token position's part of every score too, in ``Circuit.by_position``.
+        neurons: Whether every neuron of an MLP is a source, and not the MLP as a whole.
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         progress: Whether to show a bar.
 
@@ -52,6 +54,7 @@ def clean_corrupted(
         method="clean-corrupted",
         rules=rules,
         by_position=by_position,
+        neurons=neurons,
         batch_size=batch_size,
         progress=progress,
     )

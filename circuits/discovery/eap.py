@@ -17,6 +17,7 @@ def eap(
     *,
     rules: GradientRules | str | None = None,
     by_position: bool = False,
+    neurons: bool = False,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -33,6 +34,7 @@ def eap(
         metric: One number per pair from the logits at its position; ``logit_difference`` unless given.
         rules: Where gradients depart from the chain rule: ``"gim"``, ``"relp"`` or ``GradientRules`` of one's own.
         by_position: Whether to keep each token position's part of every score too, in ``Circuit.by_position``.
+        neurons: Whether every neuron of an MLP is a source, and not the MLP as a whole.
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         progress: Whether to show a bar.
 
@@ -55,6 +57,7 @@ def eap(
         method="eap",
         rules=rules,
         by_position=by_position,
+        neurons=neurons,
         batch_size=batch_size,
         progress=progress,
     )

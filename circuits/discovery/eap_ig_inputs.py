@@ -18,6 +18,7 @@ def eap_ig_inputs(
     steps: int = 5,
     rules: GradientRules | str | None = None,
     by_position: bool = False,
+    neurons: bool = False,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -35,6 +36,7 @@ def eap_ig_inputs(
         steps: Points on the path.
         rules: Where gradients depart from the chain rule: ``"gim"``, ``"relp"`` or ``GradientRules`` of one's own.
         by_position: Whether to keep each token position's part of every score too, in ``Circuit.by_position``.
+        neurons: Whether every neuron of an MLP is a source, and not the MLP as a whole.
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         progress: Whether to show a bar.
 
@@ -57,6 +59,7 @@ def eap_ig_inputs(
         details={"steps": steps},
         rules=rules,
         by_position=by_position,
+        neurons=neurons,
         batch_size=batch_size,
         progress=progress,
     )

@@ -34,6 +34,7 @@ def ablated_metric(
     *,
     metric: Metric = logit_difference,
     ablation: str | Mapping[str, Tensor] = "corrupt",
+    neurons: bool = False,
     progress: bool = False,
 ) -> Float[Tensor, "set pair"]:
     """Return the metric of every pair's clean input in the model that keeps only some edges, for each set of edges.
@@ -47,6 +48,7 @@ def ablated_metric(
         ablation: What the other edges carry: ``corrupt``: their source's output on the corrupt input; ``mean``: its
             mean over the clean inputs, position by position; ``zero``: nothing; or constants, by hook name, as from
             ``optimal_constants``.
+        neurons: Whether the edges are those of the graph whose sources are neurons.
         progress: Whether to show a bar.
 
     Raises:
@@ -56,7 +58,7 @@ def ablated_metric(
     """
     check_pairs(pairs)
     pairs = pairs.to(model.cfg.device)
-    sites = sites_of(model)
+    sites = sites_of(model, neurons=neurons)
     check_model(model, sites, pairs.clean)
     rows, sets = _batch_sizes(sites, pairs, model.cfg.d_model)
     # The mean is over all pairs; a corrupt activation belongs to its own pair.
@@ -79,7 +81,7 @@ def _batch_sizes(sites: Sites, pairs: Pairs, d_model: int) -> tuple[int, int]:
 
     On a CPU temporaries beyond the cache, and beyond what the allocator keeps, cost more than more calls do.
     """
-    heads = max(layer.W_O.shape[0] for layer in sites.layers)
+    heads = max(max(layer.W_O.shape[0], layer.n_mlp_sources) for layer in sites.layers)
     per_pair = pairs.clean.shape[1] * d_model * 4 * heads
     small, large = (8 * 2**20, 64 * 2**20) if pairs.clean.device.type == "cpu" else (2**28, 2**30)
     rows = min(len(pairs), max(1, large // per_pair))
@@ -134,7 +136,7 @@ def faithfulness(
         UnknownName: no such ablation.
         UnsupportedModel: the model has a part that edges cannot represent.
     """
-    graph = Graph.from_model(model)
+    graph = Graph.from_model(model, neurons=circuit.graph.has_neurons)
     if graph != circuit.graph:
         raise BadInput(
             f"the circuit has {circuit.graph.n_edges} edges of another graph than this model's {graph.n_edges}: "
@@ -144,7 +146,9 @@ def faithfulness(
         raise BadInput(f"n_random = {n_random}: expected at least 2, for the control to have a spread")
     curves, keep = _plan(circuit, shares, n_random, seed)
     unique, back = torch.unique(keep, dim=0, return_inverse=True)
-    values = ablated_metric(model, pairs, unique, metric=metric, ablation=ablation, progress=progress)
+    values = ablated_metric(
+        model, pairs, unique, metric=metric, ablation=ablation, neurons=graph.has_neurons, progress=progress
+    )
     table = values[back.to(values.device)].double().cpu().numpy()
     names = {
         "method": circuit.method,

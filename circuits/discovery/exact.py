@@ -27,6 +27,7 @@ def exact(
     ablation: Ablation = "corrupt",
     denoising: bool = False,
     by_position: bool = False,
+    neurons: bool = False,
     memory_budget: int | None = None,
     batch_size: int | None = None,
     progress: bool = False,
@@ -53,6 +54,7 @@ def exact(
             needed for shows in noising. Restoring means something for edges into the logits and for whole sources.
         by_position: Whether to patch every edge at each token position alone too, into ``Circuit.by_position``; it
             costs as much again for each position. These effects do not add up to the edge's.
+        neurons: Whether every neuron of an MLP is a source, and not the MLP as a whole.
         memory_budget: Bytes that the computation may take beside the model, from which the batches follow; None keeps
             the activations within 512 MB.
         batch_size: Pairs at a time, at most.
@@ -71,7 +73,9 @@ def exact(
         UnsupportedModel: the model has a part that edges cannot represent.
     """
     with torch.no_grad():
-        setting = setting_of(model, pairs, metric, ablation=ablation, denoising=denoising, batch_size=batch_size)
+        setting = setting_of(
+            model, pairs, metric, ablation=ablation, denoising=denoising, batch_size=batch_size, neurons=neurons
+        )
         places = [None, *range(pairs.clean.shape[1])] if by_position else [None]
         effects, *alone = _effects(setting, places, memory_budget, batch_size, progress)
     check_effects(setting, effects)

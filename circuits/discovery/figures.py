@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 
 import circuits._style  # noqa: F401  (registers the template)
+from circuits.discovery.graph import component
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +33,7 @@ def draw_circuit(circuit: Circuit, *, top: int) -> go.Figure:
     """
     graph = circuit.graph
     order = [i for i in circuit.ranking().tolist() if bool(circuit.kept[i]) and float(circuit.scores[i]) != 0][:top]
-    places = _places(graph.sources)
+    places = _places(list(dict.fromkeys(component(source) for source in graph.sources)))
     largest = max((abs(float(circuit.scores[i])) for i in order), default=1.0) or 1.0
     interval = circuit.interval() if circuit.per_example is not None else None
     targets = dict(zip(graph.readers, graph.feeds, strict=True))
@@ -45,9 +46,9 @@ def draw_circuit(circuit: Circuit, *, top: int) -> go.Figure:
         text = f"{source} → {reader}<br>score {score:+.4g}"
         if interval is not None:
             text += f"<br>95 % interval {float(interval[0][i]):+.4g} to {float(interval[1][i]):+.4g}"
-        for target in [graph.sources[t] for t in targets[reader]] or ["logits"]:
-            used |= {source, target}
-            traces.append(_edge(places, source, target, reader, score, largest, text))
+        for target in dict.fromkeys(component(graph.sources[t]) for t in targets[reader]) or ["logits"]:
+            used |= {component(source), target}
+            traces.append(_edge(places, component(source), target, reader, score, largest, text))
     figure = go.Figure([*traces, *_legend(), _nodes(places, used)])
     rows = {places[name][1]: _row(name) for name in sorted(used, key=lambda name: places[name][1])}
     figure.update_layout(

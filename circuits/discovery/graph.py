@@ -18,7 +18,8 @@ from circuits.model import HookedModel
 class Graph:
     """Sources, readers and the edges between them, both in the order in which a forward pass reaches them.
 
-    A source writes into the residual stream: ``embed``, ``pos_embed``, a head ``a0.h1``, an MLP ``m0``. A reader
+    A source writes into the residual stream: ``embed``, ``pos_embed``, a head ``a0.h1``, an MLP ``m0`` (or, where
+    neurons are sources, each of its neurons ``m0.n17``). A reader
     reads it: a head's ``a1.h2.q``, ``.k`` or ``.v`` (``a1.kv0.k`` where query heads share keys and values), an MLP
     ``m1``, the ``logits``. The stream is a running sum, so what a reader can see is always a prefix of the sources.
     Edges are ordered by reader, then by source.
@@ -32,14 +33,19 @@ class Graph:
     """The sources whose output is computed from reader ``i``; none for the logits."""
 
     @staticmethod
-    def from_model(model: HookedModel) -> Graph:
+    def from_model(model: HookedModel, *, neurons: bool = False) -> Graph:
         """Return the graph of a model: ours, or any ``TransformerBridge`` with a pre-norm residual stream.
+
+        Args:
+            model: The model.
+            neurons: Whether every neuron of an MLP is a source, and not the MLP as a whole.
 
         Raises:
             UnsupportedModel: the config lacks a size that the graph needs.
         """
         cfg = model.cfg
-        for name in ("n_layers", "n_heads"):
+        neurons = neurons and not getattr(cfg, "attn_only", False)
+        for name in ("n_layers", "n_heads", "d_mlp") if neurons else ("n_layers", "n_heads"):
             if not isinstance(getattr(cfg, name, None), int):
                 raise UnsupportedModel(
                     f"{type(model).__name__}.cfg has no whole number {name}: expected a decoder's config"
@@ -51,6 +57,7 @@ class Graph:
             positions=has_position_embedding(model),
             attn_only=bool(getattr(cfg, "attn_only", False)),
             parallel=bool(getattr(cfg, "parallel_attn_mlp", False)),
+            neurons=cfg.d_mlp if neurons else 0,
         )
 
     @staticmethod
@@ -62,6 +69,7 @@ class Graph:
         positions: bool = True,
         attn_only: bool = False,
         parallel: bool = False,
+        neurons: int = 0,
     ) -> Graph:
         """Return the graph of a transformer of the given shape.
 
@@ -72,6 +80,7 @@ class Graph:
             positions: Whether a position embedding is added to the stream.
             attn_only: Whether blocks have no MLP.
             parallel: Whether an MLP reads what its own block's attention reads, not what that writes.
+            neurons: Neurons per MLP, each of them a source; 0 for MLPs as a whole.
         """
         n_kv = n_heads if n_kv_heads is None else n_kv_heads
         kv_name, group = ("h", 1) if n_kv == n_heads else ("kv", n_heads // n_kv)
@@ -91,21 +100,28 @@ class Graph:
             if not attn_only:
                 readers.append(f"m{layer}")
                 visible.append(before if parallel else len(sources))
-                feeds.append((len(sources),))
-                sources.append(f"m{layer}")
+                names = [f"m{layer}.n{j}" for j in range(neurons)] if neurons else [f"m{layer}"]
+                feeds.append(tuple(range(len(sources), len(sources) + len(names))))
+                sources += names
         return Graph(tuple(sources), (*readers, "logits"), (*visible, len(sources)), (*feeds, ()))
 
     def merged(self) -> Graph:
-        """Return the graph whose readers are whole components: a head's q, k and v as one, named like the source.
+        """Return the graph between whole components: a head's q, k and v as one reader, an MLP's neurons as one source.
 
-        An edge of it stands for all edges from its source into that component. Keys and values that query heads share
+        An edge of it stands for all edges from its source into its component. Keys and values that query heads share
         are part of each of those heads.
         """
-        computed = {u: self.visible[r] for r, fed in enumerate(self.feeds) for u in fed}
-        readers = tuple(self.sources[u] for u in sorted(computed))
-        visible = tuple(computed[u] for u in sorted(computed))
-        feeds = tuple((u,) for u in sorted(computed))
-        return Graph(self.sources, (*readers, "logits"), (*visible, self.visible[-1]), (*feeds, ()))
+        sources = tuple(dict.fromkeys(component(source) for source in self.sources))
+        seen = {sources.index(component(self.sources[u])): self.visible[r] for r, f in enumerate(self.feeds) for u in f}
+        visible = tuple(len({component(source) for source in self.sources[: seen[u]]}) for u in sorted(seen))
+        readers = tuple(sources[u] for u in sorted(seen))
+        feeds = tuple((u,) for u in sorted(seen))
+        return Graph(sources, (*readers, "logits"), (*visible, len(sources)), (*feeds, ()))
+
+    @property
+    def has_neurons(self) -> bool:
+        """Whether the neurons of MLPs are sources."""
+        return any(component(source) != source for source in self.sources)
 
     @property
     def n_edges(self) -> int:
@@ -182,6 +198,11 @@ class Graph:
             reads_usefully[..., r] = useful[..., list(fed)].any(-1) if fed else True
             useful |= matrix[..., r, :] & reads_usefully[..., r, None]
         return kept & reached[..., source] & reads_usefully[..., reader]
+
+
+def component(source: str) -> str:
+    """Return the component that a source belongs to: ``m0`` of its neuron ``m0.n17``, any other its own."""
+    return source.split(".")[0] if source.startswith("m") else source
 
 
 def has_position_embedding(model: HookedModel) -> bool:

@@ -45,6 +45,15 @@ class Norm:
 
 
 @dataclass(frozen=True, eq=False)
+class Neurons:
+    """The hook at an MLP's neurons, and the weights by which they write."""
+
+    post: str
+    W_out: Float[Tensor, "neuron d_model"]
+    b_out: Float[Tensor, " d_model"] | None
+
+
+@dataclass(frozen=True, eq=False)
 class Layer:
     """One block: its hook names and attention weights."""
 
@@ -59,6 +68,13 @@ class Layer:
     b: tuple[Float[Tensor, "_ d_head"] | None, ...]
     W_O: Float[Tensor, "head d_head d_model"]
     b_O: Float[Tensor, " d_model"] | None
+    neurons: Neurons | None = None
+    """Where the MLP's neurons are, if they are sources."""
+
+    @property
+    def n_mlp_sources(self) -> int:
+        """How many sources the MLP is."""
+        return int(self.mlp_out is not None) if self.neurons is None else len(self.neurons.W_out)
 
     @cached_property
     def W_back(self) -> tuple[Float[Tensor, "_ d_head d_model"], ...]:
@@ -99,7 +115,11 @@ class Sites:
         """The hooks whose values determine every source's output."""
         names = [self.embed] if self.pos_embed is None else [self.embed, self.pos_embed]
         for layer in self.layers:
-            names += [layer.z] if layer.mlp_out is None else [layer.z, layer.mlp_out]
+            names.append(layer.z)
+            if layer.neurons is not None:
+                names.append(layer.neurons.post)
+            elif layer.mlp_out is not None:
+                names.append(layer.mlp_out)
         return names
 
     @property
@@ -113,11 +133,16 @@ class Sites:
     @property
     def all_hooks(self) -> list[str]:
         """Every hook that an analysis looks at: sources, readers, and the stream in front of each attention."""
-        return [*self.source_hooks, *(layer.resid for layer in self.layers), *self.reader_hooks]
+        outputs = [layer.mlp_out for layer in self.layers if layer.neurons is not None and layer.mlp_out is not None]
+        return [*self.source_hooks, *outputs, *(layer.resid for layer in self.layers), *self.reader_hooks]
 
 
-def sites_of(model: HookedModel) -> Sites:
+def sites_of(model: HookedModel, *, neurons: bool = False) -> Sites:
     """Return where each source and reader of a model is; nothing is run and nothing is changed.
+
+    Args:
+        model: The model.
+        neurons: Whether the neurons of MLPs are sources, and not MLPs as a whole.
 
     Raises:
         UnsupportedModel: a hook or weight is missing, named in the message.
@@ -130,15 +155,15 @@ def sites_of(model: HookedModel) -> Sites:
     ]
     if dropping:
         raise BadInput(f"dropout is active in {dropping[0]}: call model.eval() first")
-    graph = Graph.from_model(model)
+    graph = Graph.from_model(model, neurons=neurons)
     hooks: Mapping[str, Any] = getattr(model, "hook_dict", {})
     n_layers, attn_only = model.cfg.n_layers, bool(getattr(model.cfg, "attn_only", False))
-    layers = tuple(_layer(model, hooks, i, attn_only) for i in range(n_layers))
+    layers = tuple(_layer(model, hooks, i, attn_only, neurons) for i in range(n_layers))
     pos_embed = "hook_pos_embed" if has_position_embedding(model) else None
     return Sites(graph, "hook_embed", pos_embed, layers, f"blocks.{n_layers - 1}.hook_resid_post")
 
 
-def _layer(model: HookedModel, hooks: Mapping[str, Any], i: int, attn_only: bool) -> Layer:
+def _layer(model: HookedModel, hooks: Mapping[str, Any], i: int, attn_only: bool, neurons: bool) -> Layer:
     block = f"blocks.{i}"
     attn = module_of(model, f"{block}.attn")
     # On a bridge hook_mlp_in fires only under a flag of the model; the input of ln2 is the same place, always there.
@@ -167,7 +192,16 @@ def _layer(model: HookedModel, hooks: Mapping[str, Any], i: int, attn_only: bool
         b=tuple(biases),
         W_O=weights[3],
         b_O=_bias(attn, "b_O", weights[3].shape[2:]),
+        neurons=_neurons(model, hooks, block) if neurons and not attn_only else None,
     )
+
+
+def _neurons(model: HookedModel, hooks: Mapping[str, Any], block: str) -> Neurons:
+    mlp, post = module_of(model, f"{block}.mlp"), f"{block}.mlp.hook_post"
+    W_out = getattr(mlp, "W_out", None)
+    if post not in hooks or not isinstance(W_out, Tensor) or W_out.shape != (model.cfg.d_mlp, model.cfg.d_model):
+        raise UnsupportedModel(f"{block}.mlp of {type(model).__name__} has no hook_post or no W_out of its neurons")
+    return Neurons(post, W_out.detach(), _bias(mlp, "b_out", W_out.shape[1:]))
 
 
 def _weight(attn: Any, name: str, block: str) -> Tensor:
@@ -216,6 +250,10 @@ def check_exact(sites: Sites, store: Mapping[str, Tensor]) -> None:
             _compare(values[name], expected, name, "the projection of the normalised stream")
         stream = stream + torch.einsum("bphe,hed->bpd", values[layer.z], layer.W_O)
         stream = stream if layer.b_O is None else stream + layer.b_O
+        if layer.neurons is not None and layer.mlp_out is not None:
+            written = values[layer.neurons.post] @ layer.neurons.W_out.to(stream.dtype)
+            written = written if layer.neurons.b_out is None else written + layer.neurons.b_out
+            _compare(values[layer.mlp_out], written, layer.mlp_out, "what its neurons write")
         stream = stream if layer.mlp_out is None else stream + values[layer.mlp_out]
     _compare(values[sites.final], stream, sites.final, "the sum of the sources before it")
 

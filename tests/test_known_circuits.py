@@ -106,9 +106,13 @@ def test_a_linear_networks_effects_add_up_and_gradients_are_exact() -> None:
 def test_a_trained_model_follows_its_causal_model(name: str) -> None:
     known = build(f"interchange-{name}")
     accuracy = interchange_accuracy(known.model, name, n=512)
-    assert set(accuracy) == {"task", "others", *CAUSAL_MODELS[name].places}
+    assert set(accuracy) == {"task", "others", "all others", *CAUSAL_MODELS[name].places}
     assert min(accuracy.values()) >= 0.95, accuracy
     assert known.components
+    graph = Graph.from_model(known.model)
+    keep = torch.stack([graph.mask([]), graph.mask(known.active), graph.mask(graph.edges)])
+    empty, alone, full = discovery.ablated_metric(known.model, known.pairs, keep).mean(1).tolist()
+    assert (alone - empty) / (full - empty) > 0.7
 
 
 @pytest.mark.parametrize("name", CAUSAL_MODELS)

@@ -1,4 +1,4 @@
-"""Small transformers trained so that chosen components carry chosen variables, and no other one by itself matters.
+"""Small transformers trained so that chosen components carry chosen variables, and no other component matters.
 
 ``python -m circuits.reference.interchange_models`` trains them anew into the files that come with the package.
 """
@@ -76,7 +76,7 @@ def interchange_accuracy(model: Transformer, name: str, *, n: int = 1024, seed: 
     """Return how often the model answers as its causal model does after the same swap.
 
     One entry per variable; ``"task"``, without any swap; ``"others"``, the least over all components that carry
-    nothing, whose swap must change nothing.
+    nothing, whose swap must change nothing; ``"all others"``, with all of those swapped at once.
 
     Source: Geiger et al. 2022, Inducing Causal Structure for Interpretable Neural Networks, arXiv 2112.00826,
         section 2; Gupta et al. 2024, InterpBench, arXiv 2407.14494, section 3 (other components).
@@ -87,14 +87,15 @@ def interchange_accuracy(model: Transformer, name: str, *, n: int = 1024, seed: 
     with torch.no_grad():
         stored = _outputs(model, source)
 
-        def right(place: Place | None, expected: Tensor) -> float:
-            return float((_swapped(model, base, stored, place).argmax(-1) == expected).double().mean())
+        def right(places: Sequence[Place], expected: Tensor) -> float:
+            return float((_swapped(model, base, stored, places).argmax(-1) == expected).double().mean())
 
-        out = {"task": right(None, causal.run(base, {})["answer"])}
+        plain, others = causal.run(base, {})["answer"], other_places(name)
+        out = {"task": right([], plain)}
         for variable, place in causal.places.items():
-            out[variable] = right(place, _expected(causal, base, source, variable))
-        plain = causal.run(base, {})["answer"]
-        out["others"] = min(right(place, plain) for place in other_places(name))
+            out[variable] = right([place], _expected(causal, base, source, variable))
+        out["others"] = min(right([place], plain) for place in others)
+        out["all others"] = right(others, plain)
     return out
 
 
@@ -116,8 +117,8 @@ def train_interchange_model(
     """Return a transformer trained to its causal model by interchange interventions.
 
     Every step sums three cross-entropies: on the task; on the causal model's answer after one variable is swapped for
-    that of another input, where the network's component is swapped alike; and on the unchanged answer where one of
-    the other components is swapped.
+    that of another input, where the network's component is swapped alike; and on the unchanged answer where some, or
+    all, of the other components are swapped.
 
     Args:
         name: A key of ``CAUSAL_MODELS``.
@@ -139,16 +140,18 @@ def train_interchange_model(
     steps = steps or causal.steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    variables, others = itertools.cycle(causal.places), itertools.cycle(other_places(name))
+    variables, others = itertools.cycle(causal.places), other_places(name)
     for _ in tqdm(range(steps), desc=f"training {name}", unit="step", disable=not progress):
         base, source = (causal.sample(BATCH, generator) for _ in range(2))
         stored, variable = _outputs(model, source), next(variables)
         plain = causal.run(base, {})["answer"]
-        loss = F.cross_entropy(_swapped(model, base, stored, None), plain)
-        swapped = _swapped(model, base, stored, causal.places[variable])
+        loss = F.cross_entropy(_swapped(model, base, stored, []), plain)
+        swapped = _swapped(model, base, stored, [causal.places[variable]])
         loss = loss + F.cross_entropy(swapped, _expected(causal, base, source, variable))
-        for _ in range(2):
-            loss = loss + 0.5 * F.cross_entropy(_swapped(model, base, stored, next(others)), plain)
+        drawn = torch.rand(len(others), generator=generator) < torch.rand((), generator=generator)
+        some = [place for place, chosen in zip(others, drawn.tolist(), strict=True) if chosen]
+        for places in (some, others):
+            loss = loss + 0.5 * F.cross_entropy(_swapped(model, base, stored, places), plain)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -177,26 +180,26 @@ def _outputs(model: Transformer, tokens: Int[Tensor, "batch pos"]) -> dict[str, 
 
 
 def _swapped(
-    model: Transformer, tokens: Int[Tensor, "batch pos"], stored: dict[str, Tensor], place: Place | None
+    model: Transformer, tokens: Int[Tensor, "batch pos"], stored: dict[str, Tensor], places: Sequence[Place]
 ) -> Float[Tensor, "batch d_vocab_out"]:
-    """The logits at the last position, with one component's output at some positions that of another run."""
+    """The logits at the last position, with components' outputs at some positions those of another run."""
     hooks: list[Hook] = []
-    if place is not None:
-        component, positions = place
+    for component, positions in places:
         layer, _, head = component[1:].partition(".h")
         name = f"blocks.{layer}.attn.hook_z" if head else f"blocks.{layer}.hook_mlp_out"
-
-        def edit(tensor: Tensor, *, hook: Any) -> Tensor:
-            tensor = tensor.clone()
-            where: tuple[Any, ...] = (
-                (slice(None), list(positions), int(head)) if head else (slice(None), list(positions))
-            )
-            tensor[where] = stored[name][where]
-            return tensor
-
-        hooks = [(name, edit)]
+        where = (slice(None), list(positions), int(head)) if head else (slice(None), list(positions))
+        hooks.append((name, _edit(stored[name], where)))
     with model.hooks(fwd_hooks=hooks):
         return model(tokens)[:, -1]
+
+
+def _edit(stored: Tensor, where: tuple[Any, ...]) -> Callable[..., Tensor]:
+    def hook(tensor: Tensor, *, hook: Any) -> Tensor:
+        tensor = tensor.clone()
+        tensor[where] = stored[where]
+        return tensor
+
+    return hook
 
 
 def _into(source: str, target: str) -> Iterator[Edge]:

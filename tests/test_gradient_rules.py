@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_native_bridge
 from discovery_models import Naive, at_answers, build, close, hugging_face, some_pairs, variants
 from torch import Tensor
 
@@ -115,6 +116,7 @@ def test_rules_go_with_every_path(name: str) -> None:
     assert not close(discovery.hisp(model, pairs, rules=name).scores, discovery.hisp(model, pairs).scores, 1e-2)
 
 
+@needs_native_bridge
 @pytest.mark.parametrize("variant", ["layer-norm", "none", "attention-only"])
 @pytest.mark.parametrize("rules", ALL, ids=lambda rules: str(rules.describe()))
 def test_a_native_bridge_gives_what_our_own_model_gives(variant: str, rules: GradientRules) -> None:

@@ -26,8 +26,9 @@ from typing import IO, Protocol, runtime_checkable
 
 from circuits.errors import CircuitsError, StorageError
 
-PRELOAD = ("circuits.study.analyse",)
-"""What the fork server imports once for all workers: the module that imports everything a run needs."""
+PRELOAD = ("circuits.study.analyse", "pandas", "pyarrow.parquet", "scipy.stats", "torch._dynamo")
+"""What the fork server imports once for all workers: what a run needs, also that which is imported late elsewhere, as
+tests of mechanisms do with scipy and every optimiser of torch with its compiler (a second each, in every run)."""
 
 ENVIRONMENT = {
     # glibc gives freed memory back and then pays page faults for it: keeping it makes a training step 5 to 15 % faster

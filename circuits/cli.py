@@ -277,7 +277,7 @@ def bench(
     circuits: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = (),
     methods: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = (),
     pairs: Annotated[int, arg(metavar="N")] = 64,
-    seed: int = 0,
+    seeds: Annotated[tuple[int, ...], arg(metavar="N ...")] = (0, 1, 2),
     as_json: _Json = False,
 ) -> int:
     """Hold discovery methods to models whose circuit is known: accuracy, faithfulness, stability and cost of each.
@@ -290,19 +290,21 @@ def bench(
         circuits: known circuits (default: all; `circuits list known-circuits`).
         methods: discovery methods (default: all; `circuits list methods`).
         pairs: number of clean and corrupt input pairs.
-        seed: seed of the pairs and of the methods that draw.
-        as_json: print the table, one row per circuit and method, as JSON on standard output.
+        seeds: seeds of the pairs and of the methods that draw, a row each.
+        as_json: print the table, one row per circuit, method and seed, as JSON on standard output.
     """
     if subject != "discovery":
         raise UnknownName("subject of a bench", subject, ("discovery",))
     from circuits.study.discovery_bench import run_bench
 
     _one_thread()
-    found = run_bench(out, circuits=circuits or None, methods=methods or None, n_pairs=pairs, seed=seed)
+    found = run_bench(out, circuits=circuits or None, methods=methods or None, n_pairs=pairs, seeds=seeds)
     if as_json:
         _print_json(_records(found.table))
     else:
         print(_text(found.summary()))
+        if "exact" in set(found.table["method"]):
+            print(f"\naverage precision, exact patching less each other method:\n{_text(found.differences())}")
         print(f"\ntable: {found.path / 'discovery.parquet'}")
     return 0
 

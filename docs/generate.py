@@ -1,4 +1,4 @@
-"""Writes the pages that follow from the code: one per entry of the dicts, the commands, the presets and the notebook.
+"""Writes the pages that follow from the code: one per entry of the dicts, the commands, the presets and the notebooks.
 
 A new entry in one of the dicts has its page with the next build; nothing here names an entry.
 """
@@ -94,8 +94,9 @@ def write(out: Path, notebooks: Path) -> None:
             save(out / table.folder / f"{name}.md", page(name, entry, table))
     save(out / "presets.md", presets_page())
     save(out / "commands.md", commands_page())
-    quickstart = json.loads((notebooks / "quickstart.ipynb").read_text(encoding="utf-8"))
-    save(out / "quickstart.ipynb", json.dumps(with_drawn_figures(quickstart), indent=1, sort_keys=True))
+    for path in sorted(notebooks.glob("*.ipynb")):
+        notebook = with_drawn_figures(json.loads(path.read_text(encoding="utf-8")))
+        save(out / path.name, json.dumps(notebook, indent=1, sort_keys=True))
     script = Path(plotly.__file__).parent / "package_data" / PLOTLY_SCRIPT
     (out / "static").mkdir(exist_ok=True)
     if not (out / "static" / PLOTLY_SCRIPT).exists():

@@ -22,11 +22,13 @@ from circuits.tasks.base import Pairs
 
 
 @needs_edge_attribution
+@pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
 @pytest.mark.parametrize("architecture", ["GPT2", "GPTNeoX"])
-def test_scores_and_ablations_equal_transformer_lens_own(architecture: str) -> None:
+def test_scores_and_ablations_equal_transformer_lens_own(architecture: str, double: bool) -> None:
     from transformer_lens.tools.analysis import attribution_patching as ap
 
     model, pairs = hugging_face(architecture), some_pairs(2)
+    model = model.double() if double else model
     pairs = replace(pairs, position=torch.full((2,), 3), correct=torch.tensor([4, 4]), wrong=torch.tensor([7, 7]))
 
     def metric(logits: Tensor) -> Tensor:
@@ -40,6 +42,8 @@ def test_scores_and_ablations_equal_transformer_lens_own(architecture: str) -> N
     for (writer, reader), score in theirs.items():
         expected[circuit.graph.index(*lens_names(writer, reader))] += score
     assert close(circuit.scores, expected, 1e-5)
+    if double:  # edge by edge, however small
+        assert bool(((circuit.scores - expected).abs() <= 1e-5 * expected.abs() + 1e-10).all())
 
     one = Pairs(*(t[:1] for t in (pairs.clean, pairs.corrupt, pairs.position, pairs.correct, pairs.wrong)), changed="")
     gone = {lens_names(*edge) for i, edge in enumerate(theirs) if not i % 3 and edge[0].position == 3}

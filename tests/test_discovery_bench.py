@@ -11,12 +11,12 @@ import pytest
 from circuits import cli, discovery
 from circuits.errors import BadInput, UnknownName
 from circuits.reference import known_circuits
-from circuits.study.discovery_bench import run_bench
+from circuits.study.discovery_bench import MAIN, SHOWN, DiscoveryBench, run_bench
 
 
 def test_rows_are_what_the_single_calls_give(tmp_path: Path) -> None:
     names = ["program-hist", "linear", "program-length"]
-    result = run_bench(tmp_path, circuits=names, methods=["eap", "exact"], n_pairs=16, progress=False)
+    result = run_bench(tmp_path, circuits=names, methods=["eap", "exact"], n_pairs=16, seeds=[0], progress=False)
     table = result.table.set_index(["circuit", "method"])
     assert len(table) == 6
     known = known_circuits.build("program-hist", n_pairs=16)
@@ -25,7 +25,7 @@ def test_rows_are_what_the_single_calls_give(tmp_path: Path) -> None:
     truth = discovery.edge_accuracy(circuit, known.active)
     assert row["active_auroc"] == truth.auroc == 1 and row["active_precision"] == truth.average_precision
     assert truth.auroc_interval == (row["active_auroc_low"], row["active_auroc_high"])
-    others = known_circuits.build("program-hist", n_pairs=16, seed=1).pairs
+    others = known_circuits.build("program-hist", n_pairs=16, seed=1000).pairs
     assert row["cpr"] == pytest.approx(discovery.faithfulness(known.model, circuit, others).cpr)
     assert row["forwards"] > 1 and row["seconds"] > 0
     assert table.loc[("program-length", "eap"), "status"] == "no edge is active under these pairs"
@@ -38,7 +38,7 @@ def test_rows_are_what_the_single_calls_give(tmp_path: Path) -> None:
 
 
 def test_a_second_start_computes_nothing_and_other_requests_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"circuits": ["linear"], "methods": ["eap"], "progress": False}
+    options = {"circuits": ["linear"], "methods": ["eap"], "seeds": [3], "progress": False}
     first = run_bench(tmp_path, n_pairs=8, **options)
     calls: list[str] = []
     build = known_circuits.build
@@ -46,7 +46,7 @@ def test_a_second_start_computes_nothing_and_other_requests_do(tmp_path: Path, m
     pd.testing.assert_frame_equal(run_bench(tmp_path, n_pairs=8, **options).table, first.table)
     assert not calls
     assert run_bench(tmp_path, n_pairs=9, **options).table["n_pairs"].tolist() == [9] and calls
-    (tmp_path / "cells" / "linear--eap.json").write_text("{")
+    (tmp_path / "cells" / "linear--eap--3.json").write_text("{")
     calls.clear()
     assert run_bench(tmp_path, n_pairs=9, **options).table["status"].tolist() == ["done"] and calls
 
@@ -58,14 +58,47 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         run_bench(tmp_path, methods=["eep"])
     with pytest.raises(BadInput, match="n_pairs = 1"):
         run_bench(tmp_path, n_pairs=1)
+    with pytest.raises(BadInput, match=r"seeds = \[1, 1\]"):
+        run_bench(tmp_path, seeds=[1, 1])
 
 
 def test_the_command_prints_the_summary_or_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["bench", "discovery", "--out", str(tmp_path), "--circuits", "linear", "--methods", "eap", "exact"]
+    command += ["--seeds", "0"]
     assert cli.main(command) == 0
-    assert "AUROC, active" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "AUROC, active" in printed and "exact ahead by" in printed
     assert cli.main([*command, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["method"] for row in rows] == ["eap", "exact"] and rows[0]["active_auroc"] == 1
     assert cli.main(["bench", "training", "--out", str(tmp_path)]) == 2
     assert "unknown subject of a bench 'training'" in capsys.readouterr().err
+
+
+def test_means_are_over_seeds_first_and_differences_are_paired_by_circuit(tmp_path: Path) -> None:
+    rows = [
+        ("program-a", "exact", 0, 1.0), ("program-a", "exact", 1, 0.8), ("program-a", "eap", 0, 0.5),
+        ("program-a", "eap", 1, 0.7), ("program-b", "exact", 0, 0.6), ("program-b", "eap", 0, 0.6),
+    ]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["circuit", "method", "seed", MAIN])
+    others = {column: 0.5 for column in SHOWN if column != MAIN}
+    bench = DiscoveryBench(table.assign(kind="program", status="done", **others), tmp_path)
+    means = bench.summary().set_index("method")["AP, active"]
+    assert means.to_dict() == pytest.approx({"exact": (0.9 + 0.6) / 2, "eap": (0.6 + 0.6) / 2})
+    row = bench.differences().iloc[0]
+    assert (row["method"], row["circuits"], row["better"], row["worse"]) == ("eap", 2, 1, 0)
+    assert row["exact ahead by"] == pytest.approx(0.15) and (row["low"], row["high"]) == pytest.approx((0.0, 0.3))
+    with pytest.raises(UnknownName, match="acdc"):
+        bench.differences("acdc")
+
+
+def test_methods_that_draw_get_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[int] = []
+
+    def drawn(model: object, pairs: object, *, seed: int = 0) -> discovery.Circuit:
+        got.append(seed)
+        return discovery.eap(model, pairs)
+
+    monkeypatch.setitem(discovery.METHODS, "edge-pruning", drawn)
+    run_bench(tmp_path, circuits=["linear"], methods=["edge-pruning"], n_pairs=4, seeds=[5, 7], progress=False)
+    assert got == [5, 7]

@@ -81,10 +81,11 @@ def test_concepts_explains_every_label() -> None:
     assert set(re.findall(r"^\| `([a-z-]+)` \|", text, flags=re.M)) == set(cx.mechanisms.LABELS)
 
 
-def test_the_notebook_is_small_and_kept_with_its_outputs() -> None:
-    path = ROOT / "notebooks/quickstart.ipynb"
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_small_and_kept_with_their_outputs(path: Path) -> None:
     assert path.stat().st_size < 500 * 1024
     cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    assert [c["execution_count"] for c in cells] == list(range(1, len(cells) + 1))
     outputs = [o for c in cells for o in c["outputs"]]
     assert sum("application/vnd.plotly.v1+json" in o.get("data", {}) for o in outputs) >= 3
     assert not [o for o in outputs if o["output_type"] == "error"]

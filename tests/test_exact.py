@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from discovery_models import at_answers, build, close, hooks_into, hugging_face, model_of, shapes, some_pairs
+from discovery_models import SHAPES, at_answers, build, close, hooks_into, hugging_face, model_of, shapes, some_pairs
 from torch import Tensor
 
 from circuits import discovery
@@ -54,6 +54,19 @@ def test_every_edge_equals_a_loop_that_patches_one_at_a_time(shape: str) -> None
     relative = ((circuit.scores - expected.mean(0)) / expected.mean(0))[large].abs().max()
     assert large.sum() > 10 and float(relative) < 1e-4
     assert ("kv" in str(circuit.graph.readers)) == (shape == "Llama")
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "Llama"])
+def test_in_double_precision_no_edge_however_small_is_off(shape: str) -> None:
+    # The norm of a Llama model computes in single precision whatever the model's own.
+    model, pairs = model_of(shape).double(), some_pairs(4)
+    expected = one_at_a_time(model, pairs).T
+    circuit = exact(model, pairs)
+    assert circuit.per_example is not None
+    error = (circuit.per_example - expected).abs()
+    assert bool((error <= 1e-6 * expected.abs() + 1e-12).all())
+    # down to edges a million times smaller than the largest
+    assert float((expected.abs() > 1e-9).double().mean()) > 0.3
 
 
 @pytest.mark.parametrize("shape", ["layer-norm", "GPTNeoX", "Llama"])

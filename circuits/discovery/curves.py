@@ -69,11 +69,16 @@ class Faithfulness:
         }
         return pd.DataFrame.from_dict(rows, orient="index")
 
-    def figure(self) -> go.Figure:
-        """Return the curve of both rankings over the share of edges kept, with intervals and the control."""
+    def figure(self, *, log: bool = False) -> go.Figure:
+        """Return the curve of both rankings over the share of edges kept, with intervals and the control.
+
+        Args:
+            log: Whether shares are on a logarithmic axis, where small circuits of a large model can be told apart;
+                areas under the curve are then not CPR and CMD, and the circuit without edges is not shown.
+        """
         from circuits.discovery.figures import draw_faithfulness
 
-        return draw_faithfulness(self)
+        return draw_faithfulness(self, log=log)
 
     def _repr_html_(self) -> str:
         about = f"{self.method}, {self.metric}, {self.ablation} ablation, {self.n_edges} edges, {self.n_pairs} pairs"

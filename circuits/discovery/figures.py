@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from math import log10
 from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
 import circuits._style  # noqa: F401  (registers the template)
-from circuits.discovery.graph import component
+from circuits.discovery.graph import Graph, component
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +24,10 @@ RANKINGS = {"signed": ("ranked by signed score (CPR)", SUPPORTS), "absolute": ("
 DASH = {"q": "dot", "k": "dash", "v": "solid"}
 PORT = {"q": -0.07, "k": 0.0, "v": 0.07}
 """Queries enter a head at its left, keys in the middle, values at its right, so that their lines do not coincide."""
+MOST_BEND = 2.5
+"""In head numbers."""
+MIN_HEIGHT, ROW_HEIGHT = 450, 46
+"""In pixels."""
 Point = tuple[float, float]
 
 
@@ -33,12 +38,13 @@ def draw_circuit(circuit: Circuit, *, top: int) -> go.Figure:
     """
     graph = circuit.graph
     order = [i for i in circuit.ranking().tolist() if bool(circuit.kept[i]) and float(circuit.scores[i]) != 0][:top]
-    places = _places(list(dict.fromkeys(component(source) for source in graph.sources)))
+    targets = dict(zip(graph.readers, graph.feeds, strict=True))
+    reached = {i: _targets(graph, targets, i) for i in order}
+    used = {component(graph.edges[i][0]) for i in order} | {name for names in reached.values() for name in names}
+    places = _places(list(dict.fromkeys(component(source) for source in graph.sources)), used)
     largest = max((abs(float(circuit.scores[i])) for i in order), default=1.0) or 1.0
     interval = circuit.interval() if circuit.per_example is not None else None
-    targets = dict(zip(graph.readers, graph.feeds, strict=True))
     traces: list[go.Scatter] = []
-    used: set[str] = set()
     # the largest edges last, so that they lie on top
     for i in reversed(order):
         source, reader = graph.edges[i]
@@ -46,8 +52,7 @@ def draw_circuit(circuit: Circuit, *, top: int) -> go.Figure:
         text = f"{source} → {reader}<br>score {score:+.4g}"
         if interval is not None:
             text += f"<br>95 % interval {float(interval[0][i]):+.4g} to {float(interval[1][i]):+.4g}"
-        for target in dict.fromkeys(component(graph.sources[t]) for t in targets[reader]) or ["logits"]:
-            used |= {component(source), target}
+        for target in reached[i]:
             traces.append(_edge(places, component(source), target, reader, score, largest, text))
     figure = go.Figure([*traces, *_legend(), _nodes(places, used)])
     rows = {places[name][1]: _row(name) for name in sorted(used, key=lambda name: places[name][1])}
@@ -67,13 +72,24 @@ def draw_circuit(circuit: Circuit, *, top: int) -> go.Figure:
             "zeroline": False,
         },
         hovermode="closest",
-        legend={"orientation": "h", "y": -0.15, "yanchor": "top"},
+        height=max(MIN_HEIGHT, 170 + ROW_HEIGHT * len(rows)),
+        legend={"orientation": "h", "y": 0, "yref": "container", "yanchor": "bottom"},
+        margin={"b": 90},
     )
     return figure
 
 
-def _places(sources: Sequence[str]) -> dict[str, Point]:
-    """Where each component is drawn: a row for the embeddings, then one for each layer's heads and one for its MLP."""
+def _targets(graph: Graph, feeds: Mapping[str, Sequence[int]], edge: int) -> list[str]:
+    """The components that an edge goes into: the heads that share a key, or the logits."""
+    reader = graph.edges[edge][1]
+    return list(dict.fromkeys(component(graph.sources[t]) for t in feeds[reader])) or ["logits"]
+
+
+def _places(sources: Sequence[str], used: set[str]) -> dict[str, Point]:
+    """Where each component is drawn: a row for the embeddings, then one for each layer's heads and one for its MLP.
+
+    Rows without a component that is used are left out, so that a deep model's few edges stand close together.
+    """
     heads = max((int(m[2]) for s in sources if (m := re.fullmatch(r"a(\d+)\.h(\d+)", s))), default=0) + 1
     places: dict[str, Point] = {}
     top = 0
@@ -89,7 +105,9 @@ def _places(sources: Sequence[str]) -> dict[str, Point]:
             places[name] = (heads / 2 + 0.25, float(top))
     if "pos_embed" not in places:
         places["embed"] = (0.0, 0.0)
-    return places | {"logits": (0.0, float(top + 1))}
+    places["logits"] = (0.0, float(top + 1))
+    levels = sorted({places[name][1] for name in used})
+    return {name: (x, float(levels.index(y))) for name, (x, y) in places.items() if y in levels}
 
 
 def _row(name: str) -> str:
@@ -107,7 +125,7 @@ def _edge(
     (x0, y0), (x1, y1) = places[source], places[target]
     x1 += PORT.get(reader.rpartition(".")[2], 0.0)
     # Edges that skip rows bend outwards, away from the components between their ends.
-    bend = 0.18 * (y1 - y0 - 1) * (1 if x0 + x1 >= 0 else -1)
+    bend = min(0.18 * (y1 - y0 - 1), MOST_BEND) * (1 if x0 + x1 >= 0 else -1)
     middle = ((x0 + x1) / 2 + bend, (y0 + y1) / 2)
     steps = [i / 12 for i in range(13)]
     return go.Scatter(
@@ -159,7 +177,7 @@ def _nodes(places: Mapping[str, Point], used: set[str]) -> go.Scatter:
     )
 
 
-def draw_faithfulness(result: Faithfulness) -> go.Figure:
+def draw_faithfulness(result: Faithfulness, *, log: bool = False) -> go.Figure:
     """Return f against the share of edges kept, by both rankings, with intervals, the control and the ideal."""
     traces: list[go.Scatter] = []
     curves = {"random": (f"random circuits, {result.n_random} draws", NEUTRAL), **RANKINGS}
@@ -194,13 +212,15 @@ def draw_faithfulness(result: Faithfulness) -> go.Figure:
             )
         )
     low, high = (min(0.0, *result.curve["faithfulness"]), max(1.0, *result.curve["faithfulness"]))
+    smallest = min(share for share in result.curve["share"] if share > 0)
     figure = go.Figure(traces)
     figure.add_hline(y=1, line={"dash": "dash", "width": 1, "color": NEUTRAL}, annotation_text="whole model")
     figure.update_layout(
         template="circuits",
         title=f"Faithfulness: CPR {result.cpr:.2f}, CMD {result.cmd:.2f}"
         f"<br><sup>{result.method}, {result.ablation} ablation, {result.n_pairs} pairs</sup>",
-        xaxis={"title": f"edges kept (share of {result.n_edges})", "range": [0, 1.01]},
+        xaxis={"title": f"edges kept (share of {result.n_edges:,})"}
+        | ({"type": "log", "range": [log10(smallest), 0.02]} if log else {"range": [0, 1.01]}),
         # Intervals may be as wide as they like; the curve decides what is shown.
         yaxis={"title": f"share of the {result.metric} gap recovered", "range": [low - 0.1, high + 0.2]},
         legend={"orientation": "h", "y": -0.2, "yanchor": "top"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -14,14 +16,19 @@ from tqdm.auto import tqdm
 
 from circuits import discovery
 from circuits._io import atomic_write, make_directory, read_json, write_json
+from circuits._stats import bootstrap_interval
 from circuits.discovery import Circuit
 from circuits.errors import BadInput, CircuitsError, CorruptRun, UnknownName
 from circuits.reference import known_circuits
 from circuits.reference.known_circuits import KNOWN_CIRCUITS, KnownCircuit
 
-FORMAT = 1
+FORMAT = 2
 N_PAIRS = 64
+SEEDS = (0, 1, 2)
+HELD_OUT = 1000
+"""Added to the seed of the pairs that measure how faithful a circuit is."""
 TRUTHS = ("program", "active")
+MAIN = "active_precision"
 SHOWN = {
     "active_auroc": "AUROC, active",
     "active_precision": "AP, active",
@@ -37,20 +44,66 @@ SHOWN = {
 
 @dataclass(frozen=True, eq=False)
 class DiscoveryBench:
-    """One row per known circuit and method: see ``docs/discovery-bench.md`` for the columns."""
+    """One row per known circuit, method and seed: see ``docs/discovery-bench.md`` for the columns."""
 
     table: pd.DataFrame
     path: Path
 
     def summary(self) -> pd.DataFrame:
-        """Return each method's means over the circuits of each kind, best by active average precision first."""
-        done = self.table[self.table["status"] == "done"]
-        means = done.groupby(["kind", "method"])[list(SHOWN)].mean().rename(columns=SHOWN).reset_index()
-        return means.sort_values(["kind", SHOWN["active_precision"]], ascending=[True, False], kind="stable")
+        """Return each method's means over the circuits of each kind, best by active average precision first.
+
+        ``low`` and ``high`` bound the 95 % bootstrap interval over circuits of the average precision before them.
+        """
+        by_circuit = self._by_circuit()
+        rows = []
+        for (kind, method), group in by_circuit.groupby(["kind", "method"], sort=False):
+            row: dict[str, Any] = {"kind": kind, "method": method, "circuits": len(group)}
+            for column, heading in SHOWN.items():
+                row[heading] = group[column].mean()
+                if column == MAIN:
+                    row["low"], row["high"] = bootstrap_interval(group[column], seed=0)
+            rows.append(row)
+        columns = ["kind", "method", "circuits"]
+        shown = pd.DataFrame(rows, columns=None if rows else columns)
+        return shown.sort_values(["kind", SHOWN[MAIN]], ascending=[True, False], kind="stable") if rows else shown
+
+    def differences(self, reference: str = "exact") -> pd.DataFrame:
+        """Return by how much the reference's active average precision exceeds each other method's, circuit by circuit.
+
+        ``low`` and ``high`` bound the 95 % bootstrap interval over circuits of the mean difference; ``better`` and
+        ``worse`` count circuits on which the reference is ahead or behind by more than 0.01.
+
+        Args:
+            reference: A method that was run.
+
+        Source: percentile bootstrap of paired differences, Efron and Tibshirani 1993, chapter 13.
+
+        Raises:
+            UnknownName: the reference was not run.
+        """
+        if reference not in set(self.table["method"]):
+            raise UnknownName("method of this bench", reference, sorted(set(self.table["method"])))
+        wide = self._by_circuit().pivot(index=["kind", "circuit"], columns="method", values=MAIN)
+        rows = []
+        for kind, group in wide.groupby(level="kind"):
+            for method in group.columns.drop(reference):
+                by = (group[reference] - group[method]).dropna()
+                if len(by) == 0:
+                    continue
+                low, high = bootstrap_interval(by, seed=0)
+                counts = {"better": int((by > 0.01).sum()), "worse": int((by < -0.01).sum())}
+                rows.append({"kind": kind, "method": method, "circuits": len(by), f"{reference} ahead by": by.mean()})
+                rows[-1] |= {"low": low, "high": high, **counts}
+        return pd.DataFrame(rows)
 
     def to_frame(self) -> pd.DataFrame:
         """Return the table."""
         return self.table
+
+    def _by_circuit(self) -> pd.DataFrame:
+        """Means over seeds: seeds of one circuit are no independent circuits."""
+        done = self.table[self.table["status"] == "done"]
+        return done.groupby(["kind", "circuit", "method"], sort=False)[list(SHOWN)].mean().reset_index()
 
     def _repr_html_(self) -> str:
         return self.summary().to_html(index=False, float_format="{:.3f}".format, na_rep="-")
@@ -62,20 +115,20 @@ def run_bench(
     circuits: Collection[str] | None = None,
     methods: Collection[str] | None = None,
     n_pairs: int = N_PAIRS,
-    seed: int = 0,
+    seeds: Sequence[int] = SEEDS,
     progress: bool = True,
 ) -> DiscoveryBench:
     """Return how every discovery method does on every known circuit, and write the table into a directory.
 
-    What is there already, of these circuits, methods and pairs, is not computed again. Known circuits of which no
-    edge is active under their pairs have nothing that patching could find and are left out.
+    What is there already, of these circuits, methods, pairs and seeds, is not computed again. Known circuits of which
+    no edge is active under their pairs have nothing that patching could find and are left out.
 
     Args:
-        out: Directory for ``discovery.parquet``, ``discovery.csv`` and a file per circuit and method.
+        out: Directory for ``discovery.parquet``, ``discovery.csv`` and a file per circuit, method and seed.
         circuits: Names of ``KNOWN_CIRCUITS``; None: all.
         methods: Names of ``METHODS``; None: all, with their defaults.
         n_pairs: Pairs that a method sees; as many others are kept for CPR and CMD.
-        seed: Of the pairs, and of the methods that draw.
+        seeds: Of the pairs, and of the methods that draw; each is a row.
         progress: Whether to show a bar.
 
     Source: Gupta et al. 2024, InterpBench, arXiv 2407.14494 (accuracy on known circuits); Mueller et al. 2025, MIB,
@@ -83,22 +136,25 @@ def run_bench(
 
     Raises:
         UnknownName: no such circuit or method.
+        BadInput: fewer than two pairs, or no seeds.
         StorageError: the directory cannot be written.
     """
     known = _chosen("known circuit", circuits, KNOWN_CIRCUITS)
     chosen = _chosen("discovery method", methods, discovery.METHODS)
     if n_pairs < 2:
         raise BadInput(f"n_pairs = {n_pairs}: expected at least 2")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise BadInput(f"seeds = {list(seeds)}: expected at least one, each once")
     folder = make_directory(out)
     cells = make_directory(folder / "cells")
     rows: list[dict[str, Any]] = []
-    with tqdm(total=len(known) * len(chosen), desc="bench", unit="cell", disable=not progress) as bar:
-        for name in known:
+    with tqdm(total=len(known) * len(seeds) * len(chosen), desc="bench", unit="cell", disable=not progress) as bar:
+        for name, seed in itertools.product(known, seeds):
             truth: KnownCircuit | None = None
             for method in chosen:
-                bar.set_postfix_str(f"{name}, {method}")
+                bar.set_postfix_str(f"{name}, {method}, seed {seed}")
                 request = {"format": FORMAT, "circuit": name, "method": method, "n_pairs": n_pairs, "seed": seed}
-                path = cells / f"{name}--{method}.json"
+                path = cells / f"{name}--{method}--{seed}.json"
                 row = _stored(path, request)
                 if row is None:
                     truth = truth or known_circuits.build(name, n_pairs=n_pairs, seed=seed)
@@ -147,6 +203,7 @@ def _row(truth: KnownCircuit, method: str, seed: int) -> dict[str, Any]:
         "circuit": truth.name,
         "kind": truth.name.split("-")[0],
         "method": method,
+        "seed": seed,
         "status": "done",
         "n_pairs": n,
         "n_edges": discovery.Graph.from_model(truth.model).n_edges,
@@ -155,10 +212,11 @@ def _row(truth: KnownCircuit, method: str, seed: int) -> dict[str, Any]:
     }
     if not truth.active:
         return row | {"status": "no edge is active under these pairs"}
-    others = known_circuits.build(truth.name, n_pairs=n, seed=seed + 1).pairs
+    others = known_circuits.build(truth.name, n_pairs=n, seed=seed + HELD_OUT).pairs
+    draws = "seed" in inspect.signature(discovery.METHODS[method]).parameters
     try:
         start = time.process_time()
-        circuit = discovery.attribute(truth.model, truth.pairs, method=method)
+        circuit = discovery.attribute(truth.model, truth.pairs, method=method, **({"seed": seed} if draws else {}))
         row["seconds"] = time.process_time() - start
         row["forwards"] = row["seconds"] / _forward_seconds(truth)
         row |= _against_truth(circuit, truth, seed)

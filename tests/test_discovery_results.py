@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +229,22 @@ def test_the_curves_figure_shows_both_rankings_the_control_and_the_areas() -> No
     assert names == {"ranked by signed score (CPR)", "ranked by size (CMD)", "random circuits, 8 draws"}
     assert f"CPR {result.cpr:.2f}" in figure.layout.title.text
     assert "share of 61" in figure.layout.xaxis.title.text and "recovered" in figure.layout.yaxis.title.text
+
+
+def test_a_deep_models_figure_has_rows_for_what_it_shows_only() -> None:
+    model = build("layer-norm", n_layers=6)
+    circuit = eap(model, some_pairs(4))
+    ends = [circuit.graph.index("embed", "logits"), circuit.graph.index("a0.h1", "m5")]
+    scores = torch.zeros_like(circuit.scores)
+    scores[ends] = 1.0
+    two = replace(circuit, scores=scores, per_example=None).figure()
+    assert two.layout.yaxis.ticktext == ("embeddings", "layer 0 heads", "layer 5 MLP", "logits")
+    assert two.layout.yaxis.tickvals == (0, 1, 2, 3)
+    assert circuit.figure(top=200).layout.height > two.layout.height
+
+
+def test_the_curves_figure_can_tell_small_circuits_apart() -> None:
+    model = build("layer-norm")
+    result = faithfulness(model, eap(model, some_pairs(4)), some_pairs(4))
+    axis = result.figure(log=True).layout.xaxis
+    assert axis.type == "log" and 10 ** axis.range[0] == pytest.approx(1 / result.n_edges)

@@ -27,7 +27,8 @@ def read_state_dict(
     """Return the sizes that a TransformerLens state dict implies, and its weights in today's orientation.
 
     Older releases store each matrix transposed: ``W_E [d_model, d_vocab]``, ``W_Q [n_heads, d_head, d_model]``,
-    ``W_O [d_model, n_heads * d_head]`` or ``[n_heads, d_model, d_head]``, ``W_in [d_mlp, d_model]``. A matrix whose
+    ``W_O [d_model, n_heads * d_head]`` or ``[n_heads, d_model, d_head]``, ``W_in [d_mlp, d_model]``, and the first ones
+    ``W_U [d_vocab, d_model]`` and ``W_pos [d_model, n_ctx]`` too. A matrix whose
     shape fits both is read as the others of the dict are; where none decides, as in today's TransformerLens.
 
     Raises:
@@ -36,6 +37,7 @@ def read_state_dict(
     """
     state = dict(_weights(state_dict))
     _check_keys(state, normalization)
+    state = _ends_turned(state)
     if "pos_embed.W_pos" in state:
         n_ctx, d_model = _shape(state, "pos_embed.W_pos", 2)
     else:
@@ -114,6 +116,20 @@ def _check_keys(state: Mapping[str, Tensor], normalization: str | None) -> None:
     norms = sorted(key for key in state if key.endswith((".w", ".b")))
     if norms and normalization is None:
         raise BadInput(f"the state dict has norms ({norms[0]}): pass normalization='LN' or 'RMS'")
+
+
+def _ends_turned(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with W_pos and W_U as today, where one size alone can be that of the residual stream."""
+    ends = [key for key in ("embed.W_E", "unembed.W_U", "pos_embed.W_pos") if key in state]
+    common = set.intersection(*(set(_shape(state, key, 2)) for key in ends))
+    common &= set(_shape(state, "blocks.0.attn.W_Q", 3)[1:])
+    if len(common) != 1:
+        return state
+    (d_model,) = common
+    for key, axis in (("unembed.W_U", 0), ("pos_embed.W_pos", 1)):
+        if key in state and state[key].shape[axis] != d_model:
+            state = state | {key: state[key].T}
+    return state
 
 
 def _n_layers(state: Mapping[str, Tensor]) -> int:

@@ -217,8 +217,11 @@ class Transformer(HookedRootModule):
 
         Raises:
             UnknownName: a name is no hook point.
-            BadInput: a filter on names matches none; or, from the forward, a hook returned another shape.
+            BadInput: a filter on names matches none; hooks are to outlive the context; or, from the forward, a hook
+                returned another shape.
         """
+        if not reset_hooks_end:
+            raise BadInput("reset_hooks_end = False: hooks of this model never outlive their context; stay within it")
         for name, _ in (*fwd_hooks, *bwd_hooks):
             self._matching(name)
         with super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts):

@@ -74,12 +74,17 @@ class Run:
                 f"{folder} was written in run format {manifest['format']}, this version reads {FORMAT}: "
                 "use the version of circuits that wrote it, or train it again"
             )
-        for name, entry in manifest["files"].items():
+        try:
+            sizes = {str(name): int(entry["size"]) for name, entry in manifest["files"].items()}
+            digest = str(manifest["files"]["config.json"]["sha256"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CorruptRun(f"{folder / 'manifest.json'} does not list the run's files: train it again") from error
+        for name, size in sizes.items():
             file = folder / name
-            if not file.is_file() or file.stat().st_size != entry["size"]:
+            if not file.is_file() or file.stat().st_size != size:
                 raise CorruptRun(f"{file} is missing or has the wrong size: train the run again")
         data = parse_json(
-            read_bytes(folder / "config.json", sha256=manifest["files"]["config.json"]["sha256"]),
+            read_bytes(folder / "config.json", sha256=digest),
             folder / "config.json",
         )
         try:

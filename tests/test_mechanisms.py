@@ -120,3 +120,22 @@ def test_bad_input_is_named():
     with pytest.raises(CorruptRun, match="not finite"):
         mechanisms.spectral(broken, task)
     assert _hooks(broken) == 0
+
+
+@pytest.mark.parametrize("name", ["modular-addition", "digit-addition"])
+def test_damaged_weights_get_no_verdict(name):
+    task = tasks.get(name, **({"p": 7} if name == "modular-addition" else {"digits": 2}))
+    model = Transformer(ModelConfig(d_vocab=task.d_vocab, n_ctx=task.n_ctx, d_model=8), seed=0)
+    with torch.no_grad():
+        model.unembed.W_U[0, 0] = float("nan")
+    with pytest.raises(CorruptRun, match=r"unembed\.W_U is not finite"):
+        mechanisms.explain(model, task)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("modular-addition", {"p": 2}), ("addition", {"n": 2, "block": 0})])
+def test_tables_that_are_too_small_are_named(name, parameters):
+    task = tasks.get(name, **parameters)
+    model = Transformer(ModelConfig(d_vocab=task.d_vocab, n_ctx=3, d_model=8, d_mlp=8), seed=0)
+    for test in ("spectral", "functional-form", "interchange"):
+        with pytest.raises(BadInput, match="2 operand values: these tests need 5"):
+            mechanisms.TESTS[test](model, task)

@@ -144,7 +144,18 @@ def _evidence(test, value, passed=None, **details):
 
 
 def _items(
-    train=1.0, random=1.0, unmirrored=None, *, gap=0.0, form=0.0, swap=0.0, line=0.0, slices=(1.0, True), rect=None
+    train=1.0,
+    random=1.0,
+    unmirrored=None,
+    *,
+    gap=0.0,
+    form=0.0,
+    swap=0.0,
+    line=0.0,
+    slices=(1.0, True),
+    rect=None,
+    least=None,
+    result=None,
 ):
     restricted, excluded = (1.0, 0.0) if form else (0.5, 0.9)
     items = [
@@ -156,7 +167,14 @@ def _items(
             "spectral", restricted - excluded, explained=0.95, restricted=restricted, excluded=excluded, n_frequencies=5
         ),
         _evidence(
-            "functional-form", form, frequency=form, hinge=0.9 if line else 0.0, indicator=0.0, key_frequencies=[1, 2]
+            "functional-form",
+            form,
+            frequency=form,
+            hinge=0.9 if line else 0.0,
+            indicator=0.0,
+            key_frequencies=[1, 2],
+            frequency_least=form if least is None else least,
+            hinge_least=(0.9 if line else 0.0) if least is None else least,
         ),
         _evidence("interchange", swap, frequencies=swap, frequencies_control=0.0, line=line),
         _evidence("slice-transfer", slices[0], slices[1]),
@@ -165,6 +183,8 @@ def _items(
         items.append(
             _evidence("rectangles", rect, rect >= 0.5, idealised=0.99, ablated=0.4, edge_share=0.9, edge_width=10)
         )
+    if result is not None:
+        items.append(_evidence("result-heuristics", result, result >= 0.75, layer=1, idealised=1.0, ablated=0.1))
     return tuple(items)
 
 
@@ -177,6 +197,9 @@ def _items(
         (_items(form=0.95, swap=1.0, gap=0.5), "mixed", "fourier"),
         (_items(form=0.95, swap=0.5), "undetermined", None),
         (_items(line=1.0), "algorithm", "number-line"),
+        (_items(line=1.0, slices=(0.6, False)), "algorithm", "number-line"),
+        (_items(line=1.0, least=0.0), "undetermined", None),
+        (_items(line=1.0, least=0.0, result=0.9), "heuristics", "result-range-bag"),
         (_items(rect=0.8), "heuristics", "range-lookup"),
         (_items(rect=0.8, form=0.95, swap=1.0), "algorithm", "fourier"),
         (_items(gap=0.5, slices=(0.5, False)), "heuristics", None),

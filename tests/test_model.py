@@ -879,3 +879,23 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
         cm.save(build("layer-norm"), path)
     assert cm.load(path, sha256=digest).config == build().config
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_the_first_releases_store_the_unembedding_and_the_positions_turned_too() -> None:
+    model = Transformer(
+        ModelConfig(d_vocab=5, n_ctx=4, n_layers=2, d_model=8, n_heads=2, d_head=3, attn_bias=True), seed=1
+    )
+    state = in_older_orientation(dict(model.state_dict()), flat=True)
+    for key in ("unembed.W_U", "pos_embed.W_pos"):
+        state[key] = state[key].T.contiguous()
+    read = cm.from_transformer_lens(state, act_fn="relu", normalization=None)
+    tokens = torch.randint(5, (3, 4), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(read(tokens), model(tokens), atol=1e-6)
+
+
+def test_hooks_are_not_left_behind_on_request() -> None:
+    model = build("plain")
+    with pytest.raises(BadInput, match="never outlive"):
+        model.run_with_hooks(some_tokens(), fwd_hooks=[("hook_embed", lambda x, hook: x)], reset_hooks_end=False)
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())

@@ -145,3 +145,10 @@ def test_tables_can_be_downloaded(browser, page_file, study):
         page.get_by_role("button", name="Table as LaTeX").click()
     assert "\\begin{tabular}" in Path(waiting.value.path()).read_text(encoding="utf-8")
     page.close()
+
+
+def test_sections_of_names_that_look_alike_have_ids_of_their_own() -> None:
+    from circuits.report.content import anchor
+
+    ids = {anchor(cell, "r") for cell in ("a + b", "a - b", "a × b", "a ÷ b")}
+    assert len(ids) == 4 and all(one.replace("-", "").isalnum() and one.isascii() for one in ids)

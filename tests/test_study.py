@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from circuits import study, tasks
-from circuits.errors import BadInput, CorruptRun, StorageError, UnknownName
+from circuits.errors import BadInput, CorruptRun, IncompatibleRun, StorageError, UnknownName
 from circuits.mechanisms import TESTS
 from circuits.model import Transformer
 from circuits.study import PRESETS, Study, figure_data, grid, plan, read_toml, tables
@@ -309,3 +309,27 @@ def test_a_run_that_diverges_is_recorded_and_not_tried_again(tmp_path: Path) -> 
     before = manifest.stat().st_mtime_ns
     study.run(tmp_path / "wild.toml", out=tmp_path / "out", progress=False)
     assert manifest.stat().st_mtime_ns == before
+
+
+def test_another_study_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(MINIMAL)
+    (tmp_path / "b.toml").write_text(MINIMAL.replace("p = 7", "p = 11"))
+    (tmp_path / "more.toml").write_text(MINIMAL.replace("seeds = [3]", "seeds = [3, 4]"))
+    study.run(tmp_path / "a.toml", out=tmp_path / "out", progress=False)
+    with pytest.raises(IncompatibleRun, match="holds another study"):
+        study.run(tmp_path / "b.toml", out=tmp_path / "out", progress=False)
+    assert len(study.run(tmp_path / "more.toml", out=tmp_path / "out", progress=False).table) == 2
+
+
+def test_a_damaged_run_is_made_again_and_is_the_same(smoke: Study, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(smoke.path, tmp_path / "copy")
+    damaged = Study.load(tmp_path / "copy").plan[0]
+    shutil.rmtree(damaged.analysis)
+    checkpoint = max((damaged.path / "checkpoints").iterdir())
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-8])
+    again = study.run("smoke", out=tmp_path / "copy", progress=False)
+    columns = [c for c in smoke.table.columns if c != "seconds"]
+    pd.testing.assert_frame_equal(again.table[columns], smoke.table[columns])
+    assert "is deleted and made again" in damaged.log.read_text()

@@ -201,3 +201,57 @@ def test_defaults_fit_every_task(name):
     config = training.default_model(task)
     assert (config.d_vocab, config.n_ctx) == (task.d_vocab, task.n_ctx)
     training.default_recipe(task, objectives.get("answer")).check(task)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_weights_that_are_not_finite_are_no_end_and_no_checkpoint(tmp_path, steps):
+    plan = recipe(steps=steps, learning_rate=1e37, warmup=0, weight_decay=1e10, cooldown=0.0)
+    with pytest.raises(
+        Diverged, match=r"diverged at step 1: .* is not finite after the update.*no checkpoint was kept"
+    ):
+        train(tmp_path, plan, checkpoints=(1,))
+    assert not list((tmp_path / "checkpoints").iterdir())
+    assert json.loads((tmp_path / "manifest.json").read_text())["status"] == "diverged"
+
+
+def test_a_state_that_was_altered_is_not_gone_on_from(tmp_path, monkeypatch):
+    inner = sys.modules["circuits.training.run_directory"]
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inner, "write_manifest", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, save_every=0.0)
+    monkeypatch.undo()
+    state = tmp_path / inner.STATE
+    data = bytearray(state.read_bytes())
+    data[-100] ^= 1
+    state.write_bytes(bytes(data))
+    with pytest.raises(CorruptRun, match="was altered: delete it and train again"):
+        train(tmp_path, resume=True)
+
+
+def test_checkpoints_that_a_finished_run_lacks_are_not_passed_over(tmp_path):
+    run = train(tmp_path, checkpoints=(5,))
+    assert 5 in run.checkpoints
+    assert train(tmp_path, checkpoints=(5,)).id == run.id
+    with pytest.raises(IncompatibleRun, match="kept no checkpoint of step 7"):
+        train(tmp_path, checkpoints=(7,))
+    with pytest.raises(BadInput, match="checkpoints = 999: expected 1 to 12"):
+        train(tmp_path / "other", checkpoints=(999,))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**70])
+def test_seeds_have_a_range(tmp_path, seed):
+    with pytest.raises(BadInput, match="seed = "):
+        train(tmp_path, seed=seed)
+
+
+@pytest.mark.parametrize("files", ["{}", "[]", '{"config.json": {}}', '{"config.json": 3}'])
+def test_a_manifest_without_its_files_is_named(tmp_path, files):
+    train(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"files": json.loads(files)}))
+    with pytest.raises(CorruptRun, match="does not list the run's files"):
+        Run.load(tmp_path)

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from circuits.errors import BadInput
+import torch
+
+from circuits.errors import BadInput, CorruptRun
 from circuits.mechanisms.accuracy import accuracy_gate, block_gap
 from circuits.mechanisms.columns import column_interchange
 from circuits.mechanisms.evidence import LABELS, Evidence, Verdict
@@ -15,6 +17,7 @@ from circuits.mechanisms.functional_form import functional_form
 from circuits.mechanisms.interchange import interchange
 from circuits.mechanisms.readings import Readings, has_one_answer_token, read
 from circuits.mechanisms.rectangles import rectangles
+from circuits.mechanisms.result_heuristics import result_heuristics
 from circuits.mechanisms.rule import RULE, VERSION, Thresholds, decide, rule_table
 from circuits.mechanisms.slice_transfer import slice_transfer
 from circuits.mechanisms.spectral import spectral
@@ -28,10 +31,11 @@ TESTS: dict[str, Callable[..., Evidence]] = {
     "interchange": interchange,
     "slice-transfer": slice_transfer,
     "rectangles": rectangles,
+    "result-heuristics": result_heuristics,
     "column-interchange": column_interchange,
 }
 
-ONE_TOKEN = ("spectral", "functional-form", "interchange", "slice-transfer", "rectangles")
+ONE_TOKEN = ("spectral", "functional-form", "interchange", "slice-transfer", "rectangles", "result-heuristics")
 """Tests that read the whole operand square off one answer token; they share one ``Readings``."""
 
 __all__ = [
@@ -53,6 +57,7 @@ __all__ = [
     "interchange",
     "read",
     "rectangles",
+    "result_heuristics",
     "rule_table",
     "slice_transfer",
     "spectral",
@@ -82,7 +87,7 @@ def explain(model: Any, task: Task, *, seed: int = 0, progress: bool = False) ->
 
     Raises:
         BadInput: model and task do not belong together.
-        CorruptRun: the model's logits are not finite.
+        CorruptRun: the model's weights or logits are not finite.
 
     Source: the tests name theirs; the rule is ours (``circuits/mechanisms/rule.py``).
     Fails when: no candidate algorithm is the true one; the label is then ``undetermined``.
@@ -91,6 +96,9 @@ def explain(model: Any, task: Task, *, seed: int = 0, progress: bool = False) ->
 
     if not hasattr(model, "hook_dict"):
         raise BadInput(f"{type(model).__name__} has no TransformerLens hooks; pass a HookedRootModule or a bridge")
+    for weight_name, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise CorruptRun(f"{weight_name} is not finite (NaN or infinity): the model is damaged")
     items: list[Evidence] = []
     readings: Readings | None = None
     for name in tqdm(applicable(task), desc="explain", unit="test", disable=not progress, leave=False):

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from circuits._io import atomic_write
+from circuits._io import atomic_write, make_directory
 from circuits.errors import BadInput, CorruptRun
 
 if TYPE_CHECKING:
@@ -164,8 +164,7 @@ class Verdict:
 
     def save(self, directory: Path | str) -> Path:
         """Write ``verdict.json`` into a directory and return its path."""
-        path = Path(directory) / "verdict.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = make_directory(directory) / "verdict.json"
         atomic_write(path, json.dumps(self.to_json(), indent=1, allow_nan=False).encode())
         return path
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from circuits._stats import bootstrap_interval
 from circuits.errors import BadInput
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.readings import Readings, angle, group_index, read
+from circuits.mechanisms.readings import Readings, angle, decisive_layers, group_index, read
 from circuits.tasks.base import Task
 
 TERMS = 8
@@ -203,12 +203,41 @@ def key_frequencies(forms: Forms, importance: Float[Tensor, " n"], *, least: flo
     ]
 
 
-def wave_frequencies(task: Task, readings: Readings, *, seed: int, n: int = 128) -> list[int]:
+def fitted(model: Any, task: Task, readings: Readings, *, seed: int) -> tuple[Int[Tensor, " k"], Forms]:
+    """Return the neurons that are fitted, most important first, and their forms; fitted once for all tests."""
+    key = f"forms {seed}"
+    if key not in readings.remembered:
+        top = _most_important(readings, decisive_layers(model, task, readings))
+        readings.remembered[key] = top, neuron_forms(task, readings.operands, readings.neurons[:, top], seed=seed)
+    found: tuple[Tensor, Forms] = readings.remembered[key]
+    return found
+
+
+def wave_frequencies(model: Any, task: Task, readings: Readings, *, seed: int, n: int = 128) -> list[int]:
     """Key frequencies of the ``n`` most important neurons."""
-    top = readings.importance.argsort(descending=True)[:n]
-    return key_frequencies(
-        neuron_forms(task, readings.operands, readings.neurons[:, top], seed=seed), readings.importance[top]
-    )
+    top, forms = fitted(model, task, readings, seed=seed)
+    first = Forms(forms.family[:n], forms.best[:n], forms.frequency[:n])
+    return key_frequencies(first, readings.importance[top[:n]])
+
+
+def _most_important(readings: Readings, layers: tuple[int, ...]) -> Int[Tensor, " k"]:
+    """The most important neurons, of all and of each of some layers, that are not constant."""
+    of = torch.tensor(readings.layers, device=readings.importance.device)
+    order = readings.importance.argsort(descending=True)
+    chosen = torch.cat([order[:TOP_NEURONS], *(order[of[order] == layer][:TOP_NEURONS] for layer in layers)]).unique()
+    chosen = chosen[readings.importance[chosen].argsort(descending=True)]
+    return chosen[readings.neurons[:, chosen].std(0) > 1e-6]
+
+
+def _shares_by_layer(
+    forms: Forms, importance: Tensor, layer: Tensor, decisive: tuple[int, ...]
+) -> dict[int, dict[str, float]]:
+    """Share of importance by family within each decisive layer."""
+    out = {}
+    for i in decisive:
+        mine = layer == i
+        out[i] = Forms(forms.family[mine], forms.best[mine], forms.frequency[mine]).shares(importance[mine])
+    return out
 
 
 def functional_form(model: Any, task: Task, *, seed: int = 0, readings: Readings | None = None) -> Evidence:
@@ -217,23 +246,28 @@ def functional_form(model: Any, task: Task, *, seed: int = 0, readings: Readings
     Each of the 512 most important neurons is assigned to the family with the best held-out R2, if that exceeds 0.8:
     a single frequency (8 coefficients), 8 greedy hinges in a, b, a+b, a-b, or 8 greedy indicators. The
     control repeats it after renaming the operands by a random permutation, which destroys waves and hinges in
-    value but keeps everything that a lookup by token could do.
+    value but keeps everything that a lookup by token could do. ``frequency_least``, ``hinge_least`` and
+    ``indicator_least`` are the lowest shares within a layer without which answers go wrong: an algorithm has to
+    account for every layer that the answer passes through, not for the first alone.
 
     Source: Nanda et al. 2023 (arXiv 2301.05217) for frequencies; families and weighting are ours.
     Fails when: low frequencies of a large period pass for hinges; a column code and a range code are both indicators.
     """
     start = time.perf_counter()
     readings = readings or read(model, task, seed=seed)
-    top = readings.importance.argsort(descending=True)[:TOP_NEURONS]
-    top = top[readings.neurons[:, top].std(0) > 1e-6]
+    top, forms = fitted(model, task, readings, seed=seed)
     neurons, importance = readings.neurons[:, top], readings.importance[top]
-    forms = neuron_forms(task, readings.operands, neurons, seed=seed)
     shares = forms.shares(importance)
     generator = torch.Generator().manual_seed(seed + 1)
     renaming = torch.randperm(task.n_operand_values, generator=generator).to(readings.operands.device)
     null = renamed_wave_share(task, renaming[readings.operands], neurons, importance, seed=seed)
     weighted = torch.stack([importance * (forms.family == 0), importance], dim=1).cpu().numpy()
+    by_layer = _shares_by_layer(
+        forms, importance, torch.tensor(readings.layers, device=top.device)[top], decisive_layers(model, task, readings)
+    )
     details = shares | {
+        **{f"{name}_least": min(of[name] for of in by_layer.values()) for name in FAMILIES},
+        "by_layer": {str(layer): of for layer, of in by_layer.items()},
         "key_frequencies": key_frequencies(forms, importance),
         "n_neurons": len(top),
         "importance_covered": float(importance.sum() / readings.importance.sum().clamp_min(1e-12)),

@@ -55,7 +55,7 @@ def frequency_directions(
     return torch.stack([embedding[kept].T @ w.cos(), embedding[kept].T @ w.sin()], dim=1)
 
 
-def swap_accuracy(
+def swap_holds(
     model: Any,
     task: Task,
     swap: Swap,
@@ -63,11 +63,11 @@ def swap_accuracy(
     basis: Float[Tensor, "d r"],
     operand: int,
     predicted: Int[Tensor, " rows"],
-) -> tuple[int, int]:
-    """How many predictions hold after the part of one operand's embedding inside ``basis`` comes from the source.
+) -> tuple[Bool[Tensor, " counted"], Bool[Tensor, " rows"]]:
+    """Return which predictions hold once the part of an operand's embedding inside ``basis`` comes from the source.
 
     Rows whose intact answer is wrong, whose prediction is undefined or does not differ from the intact answer are
-    left out. Returns (predictions that hold, rows counted).
+    left out: the second tensor says which count.
 
     Source: interchange intervention accuracy: Geiger et al. 2021 (arXiv 2106.02997), definition 2.
     """
@@ -75,7 +75,7 @@ def swap_accuracy(
     legal = torch.isin(predicted, task.answer_values) & (predicted != task.answer(swap.base))
     counts = swap.right & legal.to(device)
     if not bool(counts.any()):
-        return 0, 0
+        return counts[counts], counts
     values = task.answer_values.to(device)
     base, source = swap.base.to(device)[counts], swap.source.to(device)[counts]
     delta = (embedding[source[:, operand]] - embedding[base[:, operand]]) @ basis @ basis.T
@@ -87,7 +87,26 @@ def swap_accuracy(
         return activation
 
     answers = values[answer_logits(model, task, tokens, [("hook_embed", put)]).argmax(-1)]
-    return int((answers == predicted.to(device)[counts]).sum()), int(counts.sum())
+    return answers == predicted.to(device)[counts], counts
+
+
+def swap_accuracy(
+    model: Any, task: Task, swap: Swap, embedding: Tensor, basis: Tensor, operand: int, predicted: Tensor
+) -> tuple[int, int]:
+    """Return how many predictions of ``swap_holds`` hold, and how many rows count."""
+    holds, _ = swap_holds(model, task, swap, embedding, basis, operand, predicted)
+    return int(holds.sum()), len(holds)
+
+
+def by_quadrant(
+    model: Any, task: Task, swap: Swap, embedding: Tensor, basis: Tensor, predicted: Tensor
+) -> list[tuple[int, int]]:
+    """Return what ``swap_accuracy`` gives for each quadrant of the operand square, with the source in it as well."""
+    holds, counts = swap_holds(model, task, swap, embedding, basis, 0, predicted)
+    high = torch.cat([swap.base, swap.source[:, :1]], dim=1).to(counts.device)[counts] >= task.n_operand_values / 2
+    same = high[:, 0] == high[:, 2]
+    quadrant = 2 * high[:, 0].long() + high[:, 1].long()
+    return [(int(holds[same & (quadrant == q)].sum()), int((same & (quadrant == q)).sum())) for q in range(4)]
 
 
 def operand_embedding(model: Any, task: Task) -> Float[Tensor, "n d"]:
@@ -128,7 +147,7 @@ def _fourier(
     renamed = group_index(task, line)
     assert renamed is not None
     index, _, kept, modulus = renamed
-    first = wave_frequencies(task, readings, seed=seed)
+    first = wave_frequencies(model, task, readings, seed=seed)
     power = {
         k: float(frequency_directions(embedding - embedding.mean(0), index, kept, k, modulus).square().sum())
         for k in range(1, modulus // 2 + 1)
@@ -153,7 +172,8 @@ def interchange(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
 
     Candidates: the operand's key frequencies (prediction: the whole operand is swapped), its slope direction (the
     same prediction), and every declared variable with fewer classes than values (units digit, tens digit:
-    prediction: only that digit is swapped), each through the subspace of its class means. ``control`` swaps a random
+    prediction: only that digit is swapped), each through the subspace of its class means. Accuracies are shares of the
+    accuracy on intact inputs, which no swap can exceed but by luck, and at most 1. ``control`` swaps a random
     subspace of the embedding of the same rank as the best candidate's and asks for the same prediction.
 
     Source: Geiger et al. 2021 (arXiv 2106.02997); subspaces by class means as in linear concept erasure.
@@ -185,13 +205,17 @@ def interchange(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
             bases[variable.name] = basis
             predictions[variable.name] = variable.swapped_answer(other.base, other.source)
             results[variable.name] = swap_accuracy(model, task, other, embedding, basis, 0, predictions[variable.name])
-    shares = {k: (hold / counted if counted else 0.0) for k, (hold, counted) in results.items()}
+    accuracy = float(readings.right.float().mean())
+    shares = {k: _relative(hold, counted, accuracy) for k, (hold, counted) in results.items()}
     best = max(shares, key=lambda k: shares[k])
     control = _random_control(model, task, other, embedding, bases[best].shape[1], predictions[best], seed)
     rank = int(orthonormal((embedding - embedding.mean(0)).T).shape[1])
     details: dict[str, Any] = {k.replace(" ", "_"): v for k, v in shares.items()}
+    quarters = by_quadrant(model, task, other, embedding, bases["frequencies"], full)
+    details["frequencies_by_quadrant"] = [_relative(hold, counted, accuracy) for hold, counted in quarters]
     details |= {
         "best": best,
+        "accuracy": accuracy,
         "used_frequencies": sorted(used),
         "subspace_rank": int(bases[best].shape[1]),
         "embedding_rank": rank,
@@ -200,10 +224,11 @@ def interchange(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
         ),
     }
     hold, counted = results[best]
+    low, high = (min(1.0, end / max(accuracy, 1e-12)) for end in wilson_interval(hold, counted))
     return Evidence(
         test="interchange",
         value=shares[best],
-        interval=wilson_interval(hold, counted) if counted else (0.0, 1.0),
+        interval=(low, high),
         control=control,
         control_name="random subspace of equal rank",
         threshold="best candidate >= 0.95 and random subspace <= 0.10",
@@ -212,6 +237,11 @@ def interchange(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
         source="Geiger et al. 2021, arXiv 2106.02997",
         seconds=time.perf_counter() - start,
     )
+
+
+def _relative(hold: int, counted: int, accuracy: float) -> float:
+    """The share that hold, as a share of the intact accuracy."""
+    return min(1.0, hold / counted / max(accuracy, 1e-12)) if counted else 0.0
 
 
 def _random_control(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from circuits.errors import BadInput, CorruptRun, UnsupportedModel
 from circuits.tasks.base import Role, Task
 
+SMALLEST = 5
+"""Operand values below which splits of the table have too few rows for the tests."""
 MAX_ROWS = 16384
 """Beyond this many operand pairs a seeded sample of the square is read (N = 113 is read whole)."""
 
@@ -36,6 +38,8 @@ class Readings:
     neurons: Float[Tensor, "rows n_neurons"]
     importance: Float[Tensor, " n_neurons"]
     layers: tuple[int, ...]
+    remembered: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What tests have worked out of it that other tests need too."""
 
     @property
     def right(self) -> Bool[Tensor, " rows"]:
@@ -89,12 +93,14 @@ def read(model: Any, task: Task, *, seed: int = 0) -> Readings:
     """Logits, neurons and their importance over the operand square, from one forward and one backward.
 
     Raises:
-        BadInput: the task's answer has more than one token, or the vocabularies differ.
+        BadInput: the task's answer has more than one token, it has too few operand values, or the vocabularies differ.
         CorruptRun: the model's logits are not finite.
         UnsupportedModel: the model has no MLP.
     """
     if not has_one_answer_token(task):
         raise BadInput(f"{task.name} has answers of several tokens; this test reads tasks with one answer token")
+    if task.n_operand_values < SMALLEST:
+        raise BadInput(f"{task.name} has {task.n_operand_values} operand values: these tests need {SMALLEST} or more")
     layers = mlp_layers(model)
     if not layers:
         raise UnsupportedModel("the model has no MLP (no blocks.*.mlp.hook_post); neuron tests need one")
@@ -180,6 +186,34 @@ def answer_logits(
     """Logits over the task's answers at the last position, with forward hooks in place."""
     with torch.no_grad(), hooked(model, hooks or []):
         return model(tokens)[:, -1][:, task.answer_tokens.to(tokens.device)]
+
+
+def decisive_layers(model: Any, task: Task, readings: Readings, *, cost: float = 0.3) -> tuple[int, ...]:
+    """Return the layers without whose MLP answers go wrong: mean-ablating it at the answer costs ``cost`` of accuracy.
+
+    Attribution does not compare layers: one that adds up large numbers which cancel has large gradients. All layers
+    where none costs so much.
+    """
+    key = f"decisive layers {cost}"
+    if key in readings.remembered:
+        remembered: tuple[int, ...] = readings.remembered[key]
+        return remembered
+    layers = torch.tensor(readings.layers, device=readings.labels.device)
+    intact = float(readings.right.float().mean())
+    found = []
+    for layer in sorted(set(readings.layers)):
+        average = readings.neurons[:, layers == layer].mean(0)
+
+        def ablate(activation: Tensor, hook: Any, average: Tensor = average) -> Tensor:
+            activation = activation.clone()
+            activation[:, -1] = average
+            return activation
+
+        logits = answer_logits(model, task, readings.tokens, [(f"blocks.{layer}.mlp.hook_post", ablate)])
+        if float((logits.argmax(-1) == readings.labels).float().mean()) <= (1 - cost) * intact:
+            found.append(layer)
+    readings.remembered[key] = tuple(found) or tuple(sorted(set(readings.layers)))
+    return tuple(readings.remembered[key])
 
 
 def group_index(task: Task, operands: Int[Tensor, "rows 2"]) -> tuple[Tensor, Tensor, Tensor, int] | None:

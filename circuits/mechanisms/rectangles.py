@@ -15,8 +15,13 @@ from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.readings import MAX_ROWS, Readings, answer_logits, read
 from circuits.tasks.base import Task
 
-TOP_NEURONS, NULL_NEURONS = 80, 20
+TOP_NEURONS, POOL = 80, 320
+"""So many neurons are fitted, most important first; copies of one among the first ``POOL`` count as one."""
+COPY = 0.999
+NULL_NEURONS = 20
 MOST_EDGES = 60
+COARSE = 24
+"""Edges per axis up to which all rectangles are tried."""
 
 
 Rectangle = tuple[int, int, int, int]
@@ -25,29 +30,54 @@ Rectangle = tuple[int, int, int, int]
 def best_rectangles(maps: Float[Tensor, "neurons n n"], edges: Int[Tensor, " edges"]) -> list[tuple[float, Rectangle]]:
     """For each map, R2 of the best two-level fit 1[r0 <= a < r1, c0 <= b < c1], and that (r0, r1, c0, c1).
 
-    All pairs of ``edges`` are tried on both axes, by differences of the integral image: R2 of a rectangle with k of
-    N cells and centred sum S is S^2 / (k (1 - k / N)) over the total variance.
+    All pairs of ``edges`` are tried on both axes where there are few of them; else all pairs of every few edges, and
+    then those near the best. R2 is by differences of the integral image: for a rectangle with k of N cells and centred
+    sum S it is S^2 / (k (1 - k / N)) over the total variance.
     """
-    n = maps.shape[-1]
-    low, high = torch.triu_indices(len(edges), len(edges), offset=1, device=edges.device)
-    lengths = (edges[high] - edges[low]).float()
-    cells = lengths[:, None] * lengths[None, :]
-    weight = torch.where(cells < n * n, 1 / (cells * (1 - cells / (n * n))).clamp_min(1e-6), 0.0)
+    stride = -(-len(edges) // COARSE)
+    coarse = torch.unique(torch.cat([torch.arange(0, len(edges), stride), torch.tensor([len(edges) - 1])]))
+    near = torch.arange(-stride, stride + 1) if stride > 1 else None
     found: list[tuple[float, Rectangle]] = []
     for activation in maps:
         centred = activation - activation.mean()
         total = float(centred.square().sum())
         if total < 1e-12:
-            found.append((0.0, (0, n, 0, n)))
+            found.append((0.0, (0, maps.shape[-1], 0, maps.shape[-1])))
             continue
         integral = torch.nn.functional.pad(centred.cumsum(0).cumsum(1), (1, 0, 1, 0))[edges][:, edges]
-        rows = integral[high] - integral[low]
-        gain = (rows[:, high] - rows[:, low]).square_().mul_(weight)
-        flat = int(gain.argmax())
-        i, j = flat // len(low), flat % len(low)
-        rectangle = (int(edges[low[i]]), int(edges[high[i]]), int(edges[low[j]]), int(edges[high[j]]))
-        found.append((float(gain.flatten()[flat]) / total, rectangle))
+        sides = [(coarse, coarse)] * 2
+        gain, chosen = _best_of(integral, edges, sides)
+        if near is not None:
+            around = [(at + near).clamp(0, len(edges) - 1).unique() for at in chosen]
+            gain, chosen = _best_of(integral, edges, [(around[0], around[1]), (around[2], around[3])])
+        r0, r1, c0, c1 = (int(edges[i]) for i in chosen)
+        found.append((gain / total, (r0, r1, c0, c1)))
     return found
+
+
+def _best_of(
+    integral: Float[Tensor, "edges edges"],
+    edges: Int[Tensor, " edges"],
+    sides: list[tuple[Int[Tensor, " _"], Int[Tensor, " _"]]],
+) -> tuple[float, tuple[int, int, int, int]]:
+    """Return the largest sum of squares that a rectangle explains, with its edges' numbers: of rows, then of columns.
+
+    For rows and for columns, ``sides`` has what may be the first and what may be the last edge.
+    """
+    n = int(edges[-1])
+    spans = []
+    for first, last in sides:
+        low, high = torch.cartesian_prod(first, last).T
+        ordered = low < high
+        spans.append((low[ordered].to(edges.device), high[ordered].to(edges.device)))
+    (r0, r1), (c0, c1) = spans
+    cells = (edges[r1] - edges[r0]).float()[:, None] * (edges[c1] - edges[c0]).float()[None, :]
+    weight = torch.where(cells < n * n, 1 / (cells * (1 - cells / (n * n))).clamp_min(1e-6), 0.0)
+    rows = integral[r1] - integral[r0]
+    gain = (rows[:, c1] - rows[:, c0]).square_().mul_(weight)
+    flat = int(gain.argmax())
+    i, j = flat // len(c0), flat % len(c0)
+    return float(gain.flatten()[flat]), (int(r0[i]), int(r1[i]), int(c0[j]), int(c1[j]))
 
 
 def two_level_share(values: Float[Tensor, "rows n"], *, iterations: int = 20) -> Float[Tensor, " n"]:
@@ -71,10 +101,20 @@ def _inside(operands: Int[Tensor, "rows 2"], rectangle: Rectangle) -> Bool[Tenso
     return (a >= r0) & (a < r1) & (b >= c0) & (b < c1)
 
 
-def _accuracy_with(
+def _most_important(readings: Readings) -> Int[Tensor, " k"]:
+    """The neurons that are fitted: the most important ones, with the copies of each."""
+    order = readings.importance.argsort(descending=True)[:POOL]
+    centred = readings.neurons[:, order] - readings.neurons[:, order].mean(0)
+    unit = centred / centred.norm(dim=0).clamp_min(1e-12)
+    # Each neuron stands with the first one that it is a copy of.
+    first = ((unit.T @ unit) > COPY).int().argmax(0)
+    return order[torch.isin(first, first.unique()[:TOP_NEURONS])]
+
+
+def accuracy_with(
     model: Any, task: Task, readings: Readings, columns: Int[Tensor, " k"], values: Float[Tensor, "rows k"]
 ) -> Bool[Tensor, " rows"]:
-    """Which rows are right once the given neurons take the given values at the answer position."""
+    """Return which rows are right once the given neurons take the given values at the answer position."""
     layers = torch.tensor(readings.layers, device=columns.device)
     hooks = []
     for layer in sorted(set(readings.layers)):
@@ -116,7 +156,7 @@ def rectangles(model: Any, task: Task, *, seed: int = 0, readings: Readings | No
     n = task.n_operand_values
     if n * n > MAX_ROWS:
         return _sampled_only(start, n)
-    top = readings.importance.argsort(descending=True)[:TOP_NEURONS]
+    top = _most_important(readings)
     step = -(-n // MOST_EDGES)
     edges = torch.unique(torch.cat([torch.arange(0, n, step), torch.tensor([n])])).to(top.device)
     maps = readings.neurons[:, top].T.reshape(-1, n, n)
@@ -124,7 +164,8 @@ def rectangles(model: Any, task: Task, *, seed: int = 0, readings: Readings | No
     fit = torch.tensor([f[0] for f in fits], device=top.device)
     two = two_level_share(readings.neurons[:, top])
     weight = readings.importance[top] / readings.importance[top].sum().clamp_min(1e-12)
-    crisp = fit > 0.8
+    # A single row, column or pair is no range.
+    crisp = (fit > 0.8) & torch.tensor([min(r1 - r0, c1 - c0) > 1 for _, (r0, r1, c0, c1) in fits], device=top.device)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(n, generator=generator).to(top.device)
     renamed = best_rectangles(maps[:NULL_NEURONS, order][:, :, order], edges)
@@ -174,10 +215,10 @@ def _causal(
     others = _matched(readings.importance, chosen, rest.nonzero().squeeze(1))
     rows = len(readings.operands)
     return {
-        "idealised": float(_accuracy_with(model, task, readings, chosen, torch.stack(columns, 1)).float().mean()),
-        "ablated": float(_accuracy_with(model, task, readings, chosen, mean[chosen].expand(rows, -1)).float().mean()),
+        "idealised": float(accuracy_with(model, task, readings, chosen, torch.stack(columns, 1)).float().mean()),
+        "ablated": float(accuracy_with(model, task, readings, chosen, mean[chosen].expand(rows, -1)).float().mean()),
         "others_ablated": float(
-            _accuracy_with(model, task, readings, others, mean[others].expand(rows, -1)).float().mean()
+            accuracy_with(model, task, readings, others, mean[others].expand(rows, -1)).float().mean()
         ),
         "others_importance_ratio": float(
             readings.importance[others].sum() / readings.importance[chosen].sum().clamp_min(1e-12)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from circuits.mechanisms.evidence import Evidence, Verdict
 
-VERSION = "arithmetic-1"
+VERSION = "arithmetic-2"
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,6 @@ class Thresholds:
     line_interchange: float = 0.95
     hinge_share: float = 0.75
     indicator_share: float = 0.75
-    slice_algorithm: float = 0.80
     slice_heuristic: float = 0.85
     block_algorithm: float = 0.05
     block_heuristic: float = 0.20
@@ -34,6 +33,8 @@ class Thresholds:
 
 
 RULE = Thresholds()
+HEURISTICS = {"rectangles": "range-lookup", "result-heuristics": "result-range-bag"}
+"""The mechanism that a test of heuristics stands for."""
 
 
 def rule_table(rule: Thresholds = RULE) -> dict[str, float]:
@@ -45,8 +46,10 @@ def decide(items: tuple[Evidence, ...], rule: Thresholds = RULE) -> Verdict:
     """Return the verdict that the rule gives on some evidence.
 
     In order: not learned; memorisation (training pairs right, unseen pairs wrong once mirror images are set aside);
-    an algorithm (a candidate passes all its tests, and block and slices agree); range matching (rectangles that survive
-    idealisation); heuristics (two or more signs and no algorithm); otherwise mixed or undetermined.
+    an algorithm (a candidate passes all its tests, and the held-out block agrees); matching of ranges of the operands
+    or of ranges and residues of the result (each survives idealisation); heuristics (two or more signs and no
+    algorithm); otherwise mixed or undetermined. Slices are a sign of heuristics, but do not speak against an algorithm
+    that passes: a magnitude code answers small and large numbers with different neurons of the same kind.
     """
     by = {e.test: e for e in items}
     gate = by["accuracy-gate"]
@@ -98,20 +101,18 @@ def _generalising(
 ) -> Verdict:
     gap, slices = by.get("block-gap"), by.get("slice-transfer")
     small_gap = gap is None or not gap.value > rule.block_algorithm
-    even = slices is None or slices.passed is None or slices.value >= rule.slice_algorithm
-    if passing and small_gap and even:
+    if passing and small_gap:
         name = passing[0]
         return verdict("algorithm", name, f"{candidates[name][1]}; {_agreement(gap, slices)}.")
-    shapes = by.get("rectangles")
-    ranges = shapes is not None and bool(shapes.passed)
-    if ranges and not passing and shapes is not None:
-        return verdict("heuristics", "range-lookup", _range_words(shapes))
     if passing:
         return verdict(
             "mixed",
             passing[0],
             f"{candidates[passing[0]][1]}, but {_agreement(gap, slices)}: the algorithm does not hold everywhere.",
         )
+    for name, words in (("rectangles", _range_words), ("result-heuristics", _result_words)):
+        if name in by and by[name].passed:
+            return verdict("heuristics", HEURISTICS[name], words(by[name]))
     signs = _heuristic_signs(by, rule)
     if len(signs) >= 2:
         return verdict("heuristics", None, f"No candidate algorithm passes, and {' and '.join(signs)}.")
@@ -123,16 +124,17 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
     """Whether a candidate algorithm passes all its tests, and the sentence that says by what."""
     if name == "columns" and "column-interchange" in by:
         e = by["column-interchange"]
-        return e.value >= rule.column_interchange, (
-            f"swapping single columns' carries and digits through a few heads changes the answer as the column "
-            f"algorithm predicts in at least {e.value:.0%} of cases for every column (control {e.control or 0:.0%})"
+        return e.value >= rule.column_interchange and (e.control or 0) <= rule.interchange_control, (
+            f"swapping the carry, or the digits, of one column alone through some attention heads gives the digit that "
+            f"the column algorithm predicts in at least {e.value:.0%} of cases for every inner column (all heads "
+            f"{e.control or 0:.0%})"
         )
     if not {"spectral", "functional-form", "interchange"} <= set(by):
         return False, f"{name} was not tested"
     form, spectrum, swap = by["functional-form"], by["spectral"], by["interchange"]
     if name == "fourier":
         passes = (
-            form.value >= rule.frequency_share
+            form.number("frequency_least") >= rule.frequency_share
             and spectrum.number("explained") >= rule.explained
             and spectrum.number("restricted") >= rule.restricted
             and spectrum.number("excluded") <= rule.excluded
@@ -148,10 +150,11 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
             f"(random subspace {swap.number('frequencies_control'):.0%})"
         )
     if name == "number-line":
-        passes = swap.number("line") >= rule.line_interchange and form.number("hinge") >= rule.hinge_share
+        passes = swap.number("line") >= rule.line_interchange and form.number("hinge_least") >= rule.hinge_share
         return passes, (
             f"moving the operand along one direction of the embedding changes the answer as predicted in "
-            f"{swap.number('line'):.0%}, and {form.number('hinge'):.0%} of neuron importance is in hinges"
+            f"{swap.number('line'):.0%}, and {form.number('hinge_least'):.0%} of neuron importance, in the "
+            "layer where it is least, is in hinges"
         )
     units, tens = swap.number("units_digit_of_a"), swap.number("tens_digit_of_a")
     passes = min(units, tens) >= rule.interchange and swap.number("line") <= rule.interchange_control
@@ -187,6 +190,15 @@ def _range_words(shapes: Evidence) -> str:
         f"{d.get('idealised', float('nan')):.0%}, removing them leaves {d.get('ablated', float('nan')):.0%}; "
         f"{d.get('edge_share', 0):.0%} of their edges lie on a grid of width {d.get('edge_width')} at offset "
         f"{d.get('edge_offset')}."
+    )
+
+
+def _result_words(shapes: Evidence) -> str:
+    d = shapes.details
+    return (
+        f"{shapes.value:.0%} of the neuron importance of layer {d.get('layer')} is in neurons that match a range or a "
+        f"residue of the result (renamed results {shapes.control or 0:.0%}); replacing them by two levels keeps "
+        f"accuracy at {d.get('idealised', 0):.0%}, removing them leaves {d.get('ablated', 0):.0%}."
     )
 
 

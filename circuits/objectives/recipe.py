@@ -61,7 +61,7 @@ class Stage:
                 continue
             if type(value) is not int or not low <= value < 2**53:
                 raise BadInput(f"{name} = {value!r}: expected a whole number >= {low}")
-        check_number("learning_rate", self.learning_rate, 0, above=True)
+        check_number("learning_rate", self.learning_rate, 0, 1e37, above=True)
         check_number("weight_decay", self.weight_decay, 0)
         check_number("cooldown", self.cooldown, 0, 1)
         if not isinstance(self.betas, tuple) or len(self.betas) != 2:

@@ -27,23 +27,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Value:
-    """Cross-entropy to soft labels that fall off with numeric distance, so that a near miss costs less than a far one.
+    """Soft labels that fall off with numeric distance, and the expected distance: the farther a miss, the dearer it is.
 
     The label of answer c is proportional to exp(-d^2 / (2 sigma^2)), d its distance from the true answer (around
-    the circle where the task is modular). Labels beyond about five sigma are nearly zero: all far misses cost alike.
+    the circle where the task is modular). To labels alone all misses beyond about five sigma are alike; so the expected
+    distance of the prediction, sum_c p(c) d(c), is added as a share of the largest distance there is.
 
     Attributes:
         sigma: width of the labels, in units of the answer.
+        distance_weight: nats for a prediction that is as far off as any can be.
 
-    Source: Diaz and Marathe 2019 (CVPR), "Soft labels for ordinal regression", equation 1 with squared distance.
+    Source: Diaz and Marathe 2019 (CVPR), "Soft labels for ordinal regression", equation 1 with squared distance; the
+        expected distance is the earth mover's distance to a single answer, Hou, Yu and Samaras 2017 (arXiv 1611.05916).
     """
 
     name: ClassVar[str] = "value"
 
     sigma: float = 1.0
+    distance_weight: float = 1.0
 
     def __post_init__(self) -> None:
         check_number("sigma", self.sigma, 0, above=True)
+        check_number("distance_weight", self.distance_weight, 0)
 
     def check(self, task: Task) -> None:
         """Return nothing.
@@ -54,7 +59,7 @@ class Value:
         check_one_token_answers(self.name, task)
 
     def loss(self, model: HookedModel, task: Task, batch: Batch, *, generator: torch.Generator) -> Loss:
-        """Return the mean cross-entropy to the soft labels.
+        """Return the mean cross-entropy to the soft labels plus the weighted expected distance.
 
         Raises:
             BadInput: the model's output vocabulary lacks an answer.
@@ -62,7 +67,9 @@ class Value:
         logits = answer_logits(model, batch.inputs)
         labels = soft_labels(task, self.sigma, logits.shape[-1], logits.device)
         answers = answer_index(task, logits.device)[batch.tokens[:, -1]]
-        return Loss(F.cross_entropy(logits, labels[answers].to(logits.dtype)))
+        soft = F.cross_entropy(logits, labels[answers].to(logits.dtype))
+        far = distances(task, logits.shape[-1], logits.device)[answers].to(logits.dtype)
+        return Loss(soft + self.distance_weight * (logits.softmax(-1) * far).sum(-1).mean())
 
 
 @remember
@@ -78,3 +85,16 @@ def soft_labels(
     """
     labels = torch.softmax(-(task.distance().to(device) ** 2) / (2 * sigma**2), dim=-1)
     return onto_tokens(labels, task, d_vocab_out)
+
+
+@remember
+def distances(task: Task, d_vocab_out: int, device: torch.device) -> Float[Tensor, "n_answers d_vocab_out"]:
+    """Return how far each output token is from each true answer, as a share of the largest distance.
+
+    Tokens that are no answers are as far as any.
+
+    Raises:
+        BadInput: an answer is outside the output vocabulary.
+    """
+    share = task.distance().to(device) / task.distance().max()
+    return 1 - onto_tokens(1 - share, task, d_vocab_out)

@@ -14,9 +14,12 @@ from collections.abc import Callable
 
 from circuits.errors import UnknownName
 from circuits.reference.columns import columns
+from circuits.reference.digit_columns import digit_columns
 from circuits.reference.fourier_clock import fourier_clock
 from circuits.reference.fourier_pizza import fourier_pizza
-from circuits.reference.nuisances import NUISANCES, transform
+from circuits.reference.fourier_plain import fourier_plain
+from circuits.reference.hybrid import hybrid
+from circuits.reference.nuisances import NUISANCES, renamed_tokens, transform
 from circuits.reference.number_line import number_line
 from circuits.reference.pair_memoriser import pair_memoriser
 from circuits.reference.random_init import random_init
@@ -26,8 +29,11 @@ from circuits.reference.wiring import Reference
 
 REFERENCES: dict[str, Callable[..., Reference]] = {
     "columns": columns,
+    "digit-columns": digit_columns,
     "fourier-clock": fourier_clock,
     "fourier-pizza": fourier_pizza,
+    "fourier-plain": fourier_plain,
+    "hybrid": hybrid,
     "number-line": number_line,
     "pair-memoriser": pair_memoriser,
     "random-init": random_init,
@@ -42,12 +48,16 @@ __all__ = [
     "Reference",
     "build",
     "columns",
+    "digit_columns",
     "fourier_clock",
     "fourier_pizza",
+    "fourier_plain",
+    "hybrid",
     "number_line",
     "pair_memoriser",
     "random_init",
     "range_lookup",
+    "renamed_tokens",
     "result_range_bag",
     "transform",
 ]

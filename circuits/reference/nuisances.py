@@ -13,6 +13,8 @@ from circuits.errors import BadInput, UnknownName, UnsupportedModel
 from circuits.model import ModelConfig, Transformer
 from circuits.reference.wiring import random_rotation
 from circuits.tasks.arithmetic.operand_square import check_share
+from circuits.tasks.base import Task
+from circuits.tasks.renamed import RenamedTokens
 
 READS_STREAM = ("W_Q", "W_K", "W_V", "W_in", "W_gate", "W_U")
 IN = ("W_in", "W_gate")
@@ -137,6 +139,33 @@ def weight_noise(model: Transformer, *, seed: int = 0, level: float = 0.01) -> T
         noise = torch.randn(weight.shape, generator=generator).to(weight)
         state[name] = weight + level * weight.square().mean().sqrt() * noise
     return _rebuilt(model, model.config, state)
+
+
+def renamed_tokens(model: Transformer, task: Task, *, seed: int = 0) -> tuple[Transformer, RenamedTokens]:
+    """Return the model and its task with the numbers of the tokens shuffled: equal logits, in another order.
+
+    Args:
+        model: a model of the task.
+        task: the task.
+        seed: draws the new numbers.
+
+    Raises:
+        BadInput: model and task have vocabularies of different sizes.
+
+    Source: ours.
+    """
+    if task.d_vocab != model.config.d_vocab or model.config.d_vocab_out not in (None, task.d_vocab):
+        raise BadInput(f"the task has {task.d_vocab} tokens, the model {model.config.d_vocab}: expected as many")
+    order = torch.randperm(task.d_vocab, generator=torch.Generator().manual_seed(seed))
+    old = order.argsort().to(model.W_E.device)
+    state = dict(model.state_dict())
+    for name, weight in state.items():
+        part = name.rpartition(".")[2]
+        if part == "W_E":
+            state[name] = weight[old]
+        elif part in ("W_U", "b_U"):
+            state[name] = weight[..., old]
+    return _rebuilt(model, model.config, state), RenamedTokens(task, tuple(order.tolist()))
 
 
 NUISANCES: dict[str, Callable[..., Transformer]] = {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import pandas as pd
@@ -80,7 +83,12 @@ def build(study: Study) -> dict[str, Any]:
         "tests": [{"name": n, "text": inspect.cleandoc(t.__doc__ or "")} for n, t in TESTS.items()],
         "rule": {"version": VERSION, "thresholds": [(k.replace("_", " "), v) for k, v in rule_table().items()]},
         "recipes": [_recipe(study, recipe) for recipe in rows],
-        "made": {"circuits": __version__, "python": platform.python_version(), "platform": platform.platform()},
+        "made": {
+            "circuits": __version__,
+            **{name: metadata.version(name) for name in ("torch", "transformer-lens")},
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
         "runs": _runs(table),
         "csv": table.to_csv(index=False),
         "latex": tables.to_latex(table),
@@ -166,7 +174,9 @@ def _range(values: pd.Series) -> str | None:
 
 def anchor(cell: str, recipe: str) -> str:
     """Return the id of a section: plain characters only, whatever the names hold."""
-    return "s-" + "".join(c if c.isascii() and c.isalnum() else "-" for c in f"{cell}--{recipe}").lower()
+    names = json.dumps([cell, recipe])
+    plain = "".join(c if c.isascii() and c.isalnum() else "-" for c in f"{cell}--{recipe}").lower()
+    return f"s-{plain}-{hashlib.sha256(names.encode()).hexdigest()[:6]}"  # other names may look the same by then
 
 
 def _section(study: Study, cell: str, recipe: str, group: pd.DataFrame, figures: Figures) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from circuits.study.plan import Planned
 FORMAT = 2
 PAIRS = 128
 """Clean and corrupt pairs that score the edges; as many others measure how faithful the circuit is."""
+SHARES = (0, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
+"""Shares of the edges at which faithfulness is measured: all sizes would take longer than the training of some runs."""
 MATCHED = 0.9
 """Accuracy on pairs held out at random at which recipes are compared besides their ends: training keeps the first
 checkpoint that reaches it."""
@@ -62,12 +64,24 @@ class Analysis:
 def complete(run: Planned) -> None:
     """Train and analyse what is missing of a run; a run that diverges is recorded as such.
 
+    A run whose files are damaged is deleted and trained again, which gives the same one.
+
     Raises:
-        CircuitsError: the run cannot be trained or analysed, or its files are damaged.
+        CircuitsError: the run cannot be trained or analysed.
     """
+    torch.set_num_threads(1)
+    try:
+        _complete(run)
+    except CorruptRun as error:
+        print(f"{error}; {run.path} is deleted and made again")
+        with storage_errors(run.path):
+            shutil.rmtree(run.path)
+        _complete(run)
+
+
+def _complete(run: Planned) -> None:
     if is_complete(run):
         return
-    torch.set_num_threads(1)
     started = time.perf_counter()
     try:
         trained = training.train(
@@ -113,7 +127,7 @@ def matched_step(run: Run) -> int | None:
 def _faithfulness(run: Run, circuit: Circuit) -> Faithfulness | None:
     """How faithful the circuit is, None where the metric does not move when every edge is ablated."""
     try:
-        return discovery.faithfulness(run.model, circuit, run.task.pairs(PAIRS, seed=1))
+        return discovery.faithfulness(run.model, circuit, run.task.pairs(PAIRS, seed=1), shares=SHARES)
     except BadInput as error:
         print(f"no faithfulness curve: {error}")
         return None

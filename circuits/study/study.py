@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from circuits._io import atomic_write, make_directory
-from circuits.errors import BadInput, CorruptRun
+from circuits.errors import BadInput, CorruptRun, IncompatibleRun
 from circuits.runs import Run
 from circuits.study import executor, read_toml, tables
 from circuits.study.analyse import Analysis, is_complete, read_manifest, read_verdict, record
@@ -143,6 +143,7 @@ def run(
 
     Raises:
         BadInput: a name or value in the preset, or ``workers`` or ``shard``, cannot be used.
+        IncompatibleRun: ``out`` holds another study.
         StorageError: ``out`` cannot be written.
     """
     text = read_toml(preset_or_toml)
@@ -151,8 +152,10 @@ def run(
     executor.prepare()
     spec = parse(text, origin=str(preset_or_toml))
     folder = make_directory(out)
+    planned_runs = plan(spec, folder)
+    _check_other_study(folder, {planned.id for planned in planned_runs})
     atomic_write(folder / "study.toml", text.encode())
-    study = Study(folder, spec, plan(spec, folder))
+    study = Study(folder, spec, planned_runs)
     missing = [planned for planned in shard_of(study.plan, shard) if not _is_done(planned)]
     workers = workers or executor.cores()
     shown = Progress(missing, workers=workers, show=progress)
@@ -164,6 +167,15 @@ def run(
         if outcome.error is not None and isinstance(outcome.job, Planned):
             record(outcome.job, "failed", message=outcome.error)
     return study.rebuild()
+
+
+def _check_other_study(folder: Path, wanted: set[str]) -> None:
+    there = {path.name for path in (folder / "runs").glob("*") if path.is_dir()}
+    if there and not there & wanted:
+        raise IncompatibleRun(
+            f"{folder} holds another study, none of whose {len(there)} runs belongs to this one: choose another "
+            "output directory"
+        )
 
 
 def _is_done(planned: Planned) -> bool:

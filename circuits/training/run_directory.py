@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -21,6 +22,7 @@ from circuits.errors import BadInput, CorruptRun, Diverged, IncompatibleRun
 from circuits.model import ModelConfig, Transformer, save
 from circuits.objectives import Objective, Recipe
 from circuits.runs import Run, RunConfig, write_config, write_manifest
+from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.base import Task
 from circuits.training.defaults import default_model, default_recipe
 from circuits.training.loop import Position, Step, steps
@@ -61,7 +63,7 @@ def train(
 
     Raises:
         BadInput: an objective is undefined for the task, or the model does not fit it.
-        IncompatibleRun: ``out`` holds a run of another configuration.
+        IncompatibleRun: ``out`` holds a run of another configuration, or a finished one without these checkpoints.
         Diverged: a loss is not finite; step and last good checkpoint are named.
         StorageError: ``out`` cannot be written.
     """
@@ -72,9 +74,10 @@ def train(
     recipe.check(task)
     config = RunConfig(task, recipe, seed, model or default_model(task))
     _check_fits(task, config.model)
+    _check_run(recipe, seed, checkpoints)
     folder = Path(out)
     if (done := _already(folder, config)) is not None:
-        return done
+        return _with_checkpoints(done, checkpoints)
     network, position, moments = _begin(folder, config, resume=resume)
     stream = steps(network, task, recipe, seed=seed, evaluate_every=evaluate_every, start=(position, moments))
     keeper = _Keeper(folder, recipe, position, checkpoints, first_reaching, save_every)
@@ -118,7 +121,14 @@ class _Keeper:
         self.save_every, self.saved = save_every, time.monotonic()
 
     def follow(self, network: Transformer, update: Step) -> None:
-        """Keep what is due after an update."""
+        """Keep what is due after an update.
+
+        Raises:
+            Diverged: something is due, and a weight is not finite: nothing is written then.
+        """
+        late = time.monotonic() - self.saved > self.save_every
+        if update.evaluated or update.step in self.checkpoints or late:
+            _check_finite(network)
         self._count(update)
         reached: set[float] = set()
         if update.evaluated:
@@ -129,7 +139,7 @@ class _Keeper:
             self.goals -= reached
         if reached or update.step in self.checkpoints:
             save(network, _checkpoint(self.folder, update.step))
-        if time.monotonic() - self.saved > self.save_every:
+        if late:
             save_state(self.folder, network, update.optimizer, self.position)
             self.saved = time.monotonic()
 
@@ -143,11 +153,33 @@ class _Keeper:
         self.position = Position(update.step, update.stage, old.in_stage + 1 if same else 1, streak)
 
 
+def _check_finite(network: Transformer) -> None:
+    bad = [name for name, weight in network.named_parameters() if not bool(torch.isfinite(weight).all())]
+    if bad:
+        raise Diverged(f"{bad[0]} is not finite after the update: lower the learning rate or the weight decay")
+
+
 def _check_fits(task: Task, model: ModelConfig) -> None:
     if model.d_vocab < len(task.vocabulary):
         raise BadInput(f"d_vocab = {model.d_vocab}, but {task.name!r} has {len(task.vocabulary)} tokens: raise d_vocab")
     if model.n_ctx < len(task.roles) - 1:
         raise BadInput(f"n_ctx = {model.n_ctx}, but {task.name!r} needs {len(task.roles) - 1} positions: raise n_ctx")
+
+
+def _check_run(recipe: Recipe, seed: int, checkpoints: Sequence[int]) -> None:
+    check_integer("seed", seed, 0, 2**32 - 1)
+    for step in checkpoints:
+        check_integer("a step of checkpoints", step, 1, recipe.steps, "the recipe has no more")
+
+
+def _with_checkpoints(run: Run, checkpoints: Sequence[int]) -> Run:
+    """The finished run, if it kept what is asked for."""
+    missing = [step for step in checkpoints if step not in run.checkpoints and step <= max(run.checkpoints)]
+    if missing:
+        raise IncompatibleRun(
+            f"{run.path} is finished and kept no checkpoint of step {missing[0]}: choose another output directory"
+        )
+    return run
 
 
 def _already(folder: Path, config: RunConfig) -> Run | None:
@@ -210,20 +242,34 @@ def save_state(folder: Path, model: Transformer, optimizer: torch.optim.Optimize
         "plain": json.dumps(plain),
         "config": json.dumps(to_json(model.config)),
     }
+    metadata["sha256"] = _digest(tensors, metadata)
     atomic_write(folder / STATE, safetensors.torch.save(tensors, metadata))
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """The sha256 of everything in a state but itself."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    digest.update(json.dumps({k: v for k, v in metadata.items() if k != "sha256"}, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def load_state(folder: Path) -> tuple[Transformer, Position, dict[str, Any]]:
     """Return model, position and optimiser state from ``save_state``.
 
     Raises:
-        CorruptRun: the file is damaged.
+        CorruptRun: the file is damaged or altered.
     """
     path = folder / STATE
     try:
         tensors = safetensors.torch.load(read_bytes(path))
         with safetensors.safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata()
+            metadata = file.metadata() or {}
+        if metadata.get("sha256") != _digest(tensors, metadata):
+            raise CorruptRun(f"{path} was altered: delete it and train again")
         config = ModelConfig(**json.loads(metadata["config"]))
         position = Position(**json.loads(metadata["position"]))
         groups, plain = json.loads(metadata["groups"]), json.loads(metadata["plain"])

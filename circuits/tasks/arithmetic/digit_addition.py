@@ -254,6 +254,8 @@ class DigitAddition(DigitSplits):
         """
         change = change or self.pair_changes[0]
         check_name("change", change, self.pair_changes)
+        check_integer("n", n, 1, 2**31 - 1)
+        check_integer("seed", seed, 0, 2**63 - 1)
         generator = torch.Generator().manual_seed(seed)
         kind, column = change.rsplit(" ", 1)[0], int(change.rsplit(" ", 1)[1])
         if kind == "carry into column":

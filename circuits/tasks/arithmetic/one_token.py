@@ -228,29 +228,34 @@ class OneTokenTask(ABC):
 
     @property
     def pair_changes(self) -> tuple[str, ...]:
-        """What ``pairs`` can change: operand ``a`` or ``b``."""
-        return ("a", "b")
+        """What ``pairs`` can change: operand ``a`` or ``b``, or one decimal digit of an operand."""
+        return ("a", "b", *(v.name for v in self.variables() if "digit of" in v.name))
 
     def pairs(self, n: int, *, seed: int = 0, change: str | None = None) -> Pairs:
         """``n`` pairs whose corrupt input has another value of one operand (``a`` by default) and another answer.
 
-        The clean inputs are distinct examples of the training split (repeated only when it has fewer than ``n``).
+        With a digit as ``change``, the corrupt operand differs in that digit alone. The clean inputs are distinct
+        examples of the training split (repeated only when it has fewer than ``n``).
 
         Raises:
-            BadInput: no training example has a change of that operand that changes the answer.
+            UnknownName: ``change`` is not one of ``pair_changes``.
+            BadInput: no training example has a change of that kind that changes the answer.
         """
         change = change or self.pair_changes[0]
         check_name("change", change, self.pair_changes)
-        operand, generator = self.pair_changes.index(change), torch.Generator().manual_seed(seed)
-        cells = self._cells("train")
-        # The answer of each arithmetic here depends on one operand either injectively or, times zero, not at all.
-        all_operands = self._operands(cells)
-        cells = cells[self.answer(all_operands) != self.answer(self._replaced(all_operands, operand, 1))]
-        if not len(cells):
+        check_integer("n", n, 1, 2**31 - 1)
+        check_integer("seed", seed, 0, 2**63 - 1)
+        generator = torch.Generator().manual_seed(seed)
+        all_operands = self._operands(self._cells("train"))
+        operand = "ab".index(change[-1])
+        # An answer depends on an operand injectively or, times zero, not at all: a few values tell which.
+        usable = self._other_values(all_operands, operand, change, most=9)[1].any(1)
+        if not bool(usable.any()):
             raise BadInput(f"{self} has no training example whose answer depends on {change}: raise train_fraction")
-        clean = self._operands(cells[draw(len(cells), n, generator)])
-        step = torch.randint(1, self.n_operand_values, (n,), generator=generator)
-        corrupt = self._replaced(clean, operand, step)
+        clean = all_operands[usable.nonzero().flatten()[draw(int(usable.sum()), n, generator)]]
+        values, possible = self._other_values(clean, operand, change)
+        corrupt = clean.clone()
+        corrupt[:, operand] = values.gather(1, torch.multinomial(possible.float(), 1, generator=generator))[:, 0]
         clean_batch, corrupt_batch = self._encode(clean), self._encode(corrupt)
         return Pairs(
             clean=clean_batch.inputs,
@@ -261,10 +266,18 @@ class OneTokenTask(ABC):
             changed=change,
         )
 
-    def _replaced(
-        self, operands: Int[Tensor, "batch 2"], operand: int, step: int | Int[Tensor, " batch"]
-    ) -> Int[Tensor, "batch 2"]:
-        """Operands with one of them moved on by ``step``, around the end of its range."""
-        moved = operands.clone()
-        moved[:, operand] = (moved[:, operand] + step) % self.n_operand_values
-        return moved
+    def _other_values(
+        self, operands: Int[Tensor, "batch 2"], operand: int, change: str, *, most: int | None = None
+    ) -> tuple[Int[Tensor, "batch options"], Bool[Tensor, "batch options"]]:
+        """Other values of an operand, at most so many, and which of them are in range and change the answer."""
+        n = self.n_operand_values
+        own = operands[:, operand, None]
+        if " " in change:
+            unit = 10 ** DIGIT_NAMES.index(change.split(" ")[0])
+            values = own + unit * (torch.arange(10) - own // unit % 10)
+        else:
+            values = (own + torch.arange(1, n)[:most]) % n
+        mixed = operands[:, None].repeat(1, values.shape[1], 1)
+        mixed[:, :, operand] = values.clamp_max(n - 1)
+        answers = self.answer(mixed.flatten(0, 1)).unflatten(0, values.shape)
+        return values, (values < n) & (answers != self.answer(operands)[:, None])

@@ -339,6 +339,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ncircuits: interrupted{_GO_ON.get(arguments[0], '')}", file=sys.stderr)
         return INTERRUPTED
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+            raise
+        print("circuits: there is not enough memory for this: choose smaller sizes", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         # a reader such as `head` has gone; python would complain once more when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

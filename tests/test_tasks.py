@@ -475,3 +475,17 @@ def test_one_token_state_holds_the_carry_the_digits_and_the_reductions() -> None
     for operation, reductions in (("+", 1), ("-", 0), ("*", 36)):
         state = ModularAddition(operation=operation).state(torch.tensor([[48, 40]]))
         assert int(state["reductions"][0, -1]) == reductions
+
+
+def test_pairs_change_one_digit_alone() -> None:
+    task = tasks.get("addition", n=60, block=10)
+    assert {"units digit of a", "tens digit of b"} <= set(task.pair_changes)
+    for change in task.pair_changes[2:]:
+        pairs = task.pairs(60, seed=1, change=change)
+        operand, unit = "ab".index(change[-1]), {"units": 1, "tens": 10}[change.split()[0]]
+        moved = pairs.corrupt[:, operand] - pairs.clean[:, operand]
+        assert (moved != 0).all() and (moved % unit == 0).all() and (moved.abs() < 10 * unit).all()
+        assert torch.equal(pairs.clean[:, 1 - operand], pairs.corrupt[:, 1 - operand])
+        assert (pairs.corrupt[:, operand] < 60).all()
+    with pytest.raises(BadInput, match="n = -3: expected 1"):
+        task.pairs(-3)

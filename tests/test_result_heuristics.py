@@ -1,0 +1,77 @@
+"""Heuristics on the result: the planted bag is found by its name, and codes that only look like it are not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from circuits import mechanisms, reference
+from circuits.mechanisms.result_heuristics import matched_kinds, profiles
+
+
+def test_ranges_and_residues_are_told_from_steps_and_single_results() -> None:
+    number = torch.arange(40)
+    patterns = {
+        "range": (number >= 5) & (number < 25),
+        "all but a range": (number < 5) | (number >= 25),
+        "step": number >= 12,
+        "one result": number == 7,
+        "two results": (number == 7) | (number == 8),
+        "modulo 3": number % 3 == 1,
+        "not modulo 2": number % 2 != 0,
+        "random": torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.5,
+    }
+    inside, residue = matched_kinds(torch.stack(list(patterns.values()), dim=1))
+    found = {name for name, yes in zip(patterns, (inside | residue).tolist(), strict=True) if yes}
+    assert found == {"range", "all but a range", "modulo 3", "not modulo 2"}
+    assert {name for name, yes in zip(patterns, inside.tolist(), strict=True) if yes} == {"range", "all but a range"}
+
+
+def test_profiles_are_means_by_result() -> None:
+    labels = torch.tensor([0, 0, 1, 2, 2, 2])
+    neurons = torch.tensor([[1.0, 0.0], [3.0, 1.0], [5.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
+    found = profiles(labels, neurons, 3)
+    assert found.mean[:, 0].tolist() == [2.0, 5.0, 0.0]
+    residual = ((neurons - found.mean[labels]) ** 2).sum(0)
+    total = ((neurons - neurons.mean(0)) ** 2).sum(0)
+    assert torch.allclose(found.explained, 1 - residual / total)
+
+
+@pytest.mark.parametrize("n", [20, 40])
+def test_the_bag_is_called_by_its_name(n: int) -> None:
+    model, task, truth = reference.build("result-range-bag", n=n, seed=2)
+    verdict = mechanisms.explain(model, task)
+    assert f"{verdict.label}/{verdict.mechanism}" == truth
+    evidence = verdict["result-heuristics"]
+    assert evidence.details["layer"] == 1 and evidence.control is not None and evidence.control <= 0.1
+    assert verdict["functional-form"].number("hinge_least") < 0.2 < verdict["functional-form"].number("hinge")
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("number-line", {"n": 20}),
+        ("columns", {"n": 30}),
+        ("fourier-pizza", {"p": 31}),
+        ("range-lookup", {"n": 30, "grids": 3}),
+    ],
+)
+def test_other_codes_are_no_bag(name: str, sizes: dict[str, int]) -> None:
+    model, task, _ = reference.build(name, seed=1, **sizes)
+    assert mechanisms.result_heuristics(model, task).passed is False
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("fourier-plain", {"n": 50}), ("fourier-plain", {"n": 80})])
+def test_frequencies_without_a_modulus_are_right_everywhere(name: str, sizes: dict[str, int]) -> None:
+    model, task, truth = reference.build(name, seed=2, **sizes)
+    verdict = mechanisms.explain(model, task)
+    assert f"{verdict.label}/{verdict.mechanism}" == truth
+    assert verdict["accuracy-gate"].number("block") == 1.0
+
+
+def test_a_hybrid_is_right_everywhere_and_no_algorithm() -> None:
+    model, task, _ = reference.build("hybrid", seed=0, p=31)
+    verdict = mechanisms.explain(model, task)
+    assert verdict["accuracy-gate"].value == 1.0 and verdict.label != "algorithm"
+    low, *_, high = verdict["interchange"].details["frequencies_by_quadrant"]
+    assert low > 0.7 > 0.3 > high

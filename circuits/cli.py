@@ -1,4 +1,4 @@
-"""The command line: `circuits study`, `train`, `discover`, `explain`, `report`, `bench` and `list`.
+"""The command line: `circuits study`, `train`, `discover`, `explain`, `report`, `bench`, `calibrate` and `list`.
 
 Nothing here imports torch before a command runs, so that `circuits --help` answers at once.
 """
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 _GO_ON = {
     "bench": ": the same command goes on where it stopped",
+    "calibrate": ": the same command goes on where it stopped",
     "study": ": the same command goes on where it stopped",
     "train": ": the same command with --resume goes on where it stopped",
 }
@@ -309,6 +310,36 @@ def bench(
     return 0
 
 
+def calibrate(
+    *,
+    out: Path,
+    families: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = (),
+    seeds: int = 5,
+    workers: int | None = None,
+    as_json: _Json = False,
+) -> int:
+    """Judge models that were built to have a known mechanism, and say how often the verdict is right.
+
+    Running it again goes on where it stopped.
+
+    Args:
+        out: directory for calibration.parquet, calibration.csv and report.html.
+        families: families of built models (default: all; `circuits list references`).
+        seeds: how many seeds of every family and size.
+        workers: processes at a time (default: the number of cores).
+        as_json: print the table, one row per model, as JSON on standard output.
+    """
+    from circuits.study.calibration import calibrate as judge
+
+    found = judge(out, families=families or None, seeds=seeds, workers=workers)
+    if as_json:
+        _print_json(_records(found.table))
+    else:
+        print(_text(found.summary()), found.confusion().to_string(), _text(found.left_out()), sep="\n\n")
+        print(f"\ntable:  {found.path / 'calibration.parquet'}\nreport: {found.report}")
+    return 0
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "study": study,
     "train": train,
@@ -316,6 +347,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "explain": explain,
     "report": report,
     "bench": bench,
+    "calibrate": calibrate,
     "list": list_names,
 }
 

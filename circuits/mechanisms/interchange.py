@@ -193,9 +193,8 @@ def interchange(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
     bases: dict[str, Tensor] = {}
     predictions: dict[str, Tensor] = {}
     full = whole.swapped_answer(other.base, other.source)
-    results["frequencies"], bases["frequencies"], used = _fourier(
-        model, task, readings, embedding, whole, (halves[0], halves[1]), seed
-    )
+    found, waves, used = _fourier(model, task, readings, embedding, whole, (halves[0], halves[1]), seed)
+    results["frequencies"], bases["frequencies"] = found, waves
     predictions["frequencies"] = predictions["line"] = full
     bases["line"] = orthonormal(slope(embedding))
     results["line"] = swap_accuracy(model, task, other, embedding, bases["line"], 0, full)
@@ -209,19 +208,16 @@ def interchange(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
     shares = {k: _relative(hold, counted, accuracy) for k, (hold, counted) in results.items()}
     best = max(shares, key=lambda k: shares[k])
     control = _random_control(model, task, other, embedding, bases[best].shape[1], predictions[best], seed)
-    rank = int(orthonormal((embedding - embedding.mean(0)).T).shape[1])
     details: dict[str, Any] = {k.replace(" ", "_"): v for k, v in shares.items()}
-    quarters = by_quadrant(model, task, other, embedding, bases["frequencies"], full)
-    details["frequencies_by_quadrant"] = [_relative(hold, counted, accuracy) for hold, counted in quarters]
+    quarters = by_quadrant(model, task, other, embedding, waves, full)
     details |= {
         "best": best,
         "accuracy": accuracy,
         "used_frequencies": sorted(used),
         "subspace_rank": int(bases[best].shape[1]),
-        "embedding_rank": rank,
-        "frequencies_control": _random_control(
-            model, task, other, embedding, bases["frequencies"].shape[1], full, seed + 1
-        ),
+        "embedding_rank": int(orthonormal((embedding - embedding.mean(0)).T).shape[1]),
+        "frequencies_control": _random_control(model, task, other, embedding, waves.shape[1], full, seed + 1),
+        "frequencies_by_quadrant": [_relative(hold, counted, accuracy) for hold, counted in quarters],
     }
     hold, counted = results[best]
     low, high = (min(1.0, end / max(accuracy, 1e-12)) for end in wilson_interval(hold, counted))

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from circuits.report.write import write
+from circuits.report.write import write, write_calibration
 
-__all__ = ["write"]
+__all__ = ["write", "write_calibration"]

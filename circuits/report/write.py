@@ -1,14 +1,18 @@
-"""Writes ``report.html``."""
+"""Writes ``report.html``, of a study or of a calibration."""
 
 from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import jinja2
+import pandas as pd
 
 from circuits._io import atomic_write
+from circuits.mechanisms import VERSION, rule_table
 from circuits.report.content import build
+from circuits.study.calibration import Calibration
 from circuits.study.study import Study
 
 HERE = Path(__file__).parent
@@ -35,9 +39,48 @@ def write(study: Study) -> Path:
     return path
 
 
+def write_calibration(calibration: Calibration) -> Path:
+    """Write what verdicts on built models amount to beside their table, and return the page's path.
+
+    Raises:
+        StorageError: the directory cannot be written.
+    """
+    separation = calibration.separation()
+    areas = separation.assign(
+        auroc=separation["auroc"].clip(lower=0).where(separation["auroc"] >= 0.5, 1 - separation["auroc"])
+    )
+    confusion = calibration.confusion()
+    page = template("calibration.html").render(
+        style=(HERE / "report.css").read_text(encoding="utf-8"),
+        version=VERSION,
+        summary=_records(calibration.summary()),
+        verdicts=list(confusion.columns),
+        confusion=[{"truth": truth, "counts": row.tolist()} for truth, row in confusion.iterrows()],
+        left_out=_records(calibration.left_out()),
+        separation=[
+            {
+                "test": test,
+                "best": float(group["auroc"].max()),
+                "mean": float(group["auroc"].mean()),
+                "pairs": len(group),
+            }
+            for test, group in areas.groupby("test", sort=False)
+        ],
+        thresholds=[(name.replace("_", " "), value) for name, value in rule_table().items()],
+        models=len(calibration.table),
+    )
+    path = calibration.path / "report.html"
+    atomic_write(path, page.encode())
+    return path
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name).replace(" ", "_"): value for name, value in row.items()} for row in frame.to_dict("records")]
+
+
 @functools.cache
-def template() -> jinja2.Template:
-    """Return the page's template; everything that it is given is escaped unless the template says otherwise."""
+def template(name: str = "report.html") -> jinja2.Template:
+    """Return a page's template; everything that it is given is escaped unless the template says otherwise."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -45,4 +88,4 @@ def template() -> jinja2.Template:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template("report.html")
+    return environment.get_template(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -26,6 +26,9 @@ class RenamedTokens:
     Raises:
         BadInput: ``order`` is not a permutation of the task's tokens.
     """
+
+    name: ClassVar[str]
+    """That of the task itself."""
 
     task: Task
     order: tuple[int, ...]

@@ -1,0 +1,286 @@
+"""The verdict against the truth: every built model, in three sizes, under every nuisance."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from circuits import mechanisms, reference
+from circuits._io import atomic_write, make_directory, read_json, write_json
+from circuits.errors import BadInput, CorruptRun, UnknownName
+from circuits.mechanisms import RULE, TESTS, VERSION
+from circuits.study import executor
+from circuits.study.tables import verdict_columns
+
+FORMAT = 1
+SEEDS = 5
+SIZES: dict[str, tuple[dict[str, int], ...]] = {
+    "fourier-clock": ({"p": 31, "frequencies": 4}, {"p": 53}, {"p": 97}),
+    "fourier-pizza": ({"p": 31, "frequencies": 4}, {"p": 53}, {"p": 97}),
+    "fourier-plain": ({"n": 40}, {"n": 60}, {"n": 80}),
+    "number-line": ({"n": 20}, {"n": 40}, {"n": 60}),
+    "columns": ({"n": 30}, {"n": 50}, {"n": 80}),
+    "digit-columns": ({"digits": 2}, {"digits": 3}, {"digits": 4}),
+    "range-lookup": ({"n": 30, "grids": 3}, {"n": 50}, {"n": 60, "width": 12}),
+    "result-range-bag": ({"n": 20}, {"n": 40}, {"n": 60}),
+    "pair-memoriser": ({"p": 23}, {"p": 53}, {"p": 83}),
+    "hybrid": ({"p": 23, "frequencies": 4}, {"p": 31}, {"p": 43}),
+    "random-init": ({"p": 31}, {"p": 53}, {"p": 97}),
+}
+"""Every family of built models, and the sizes it is built in."""
+NUISANCES: dict[str, tuple[str, dict[str, float]]] = {
+    "none": ("none", {}),
+    "rotation": ("rotation", {}),
+    "renamed tokens": ("renamed-tokens", {}),
+    "noise 0.1 %": ("weight-noise", {"level": 0.001}),
+    "noise 0.3 %": ("weight-noise", {"level": 0.003}),
+    "noise 1 %": ("weight-noise", {"level": 0.01}),
+    "dead neurons": ("dead-neurons", {}),
+    "duplicate neurons": ("duplicate-neurons", {}),
+}
+"""What is done to a built model before it is judged."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model to judge: a job for a worker process."""
+
+    family: str
+    size: tuple[tuple[str, int], ...]
+    nuisance: str
+    seed: int
+    folder: Path
+
+    @property
+    def id(self) -> str:
+        """Unique name."""
+        size = "-".join(f"{name}{value}" for name, value in self.size)
+        return f"{self.family}--{size}--{self.nuisance.replace(' ', '-').replace('%', 'percent')}--{self.seed}"
+
+    @property
+    def log(self) -> Path:
+        """File for what the job prints."""
+        return self.folder / "logs" / f"{self.id}.log"
+
+    @property
+    def cell(self) -> Path:
+        """File with the row."""
+        return self.folder / "cells" / f"{self.id}.json"
+
+    def row(self) -> dict[str, Any] | None:
+        """Return what was found; None where nothing was found yet, by this rule."""
+        try:
+            stored = read_json(self.cell)
+        except CorruptRun:
+            return None
+        if not isinstance(stored, dict) or (stored.get("format"), stored.get("rule")) != (FORMAT, VERSION):
+            return None
+        row: dict[str, Any] = stored["row"]
+        return row
+
+    def __call__(self) -> None:
+        """Build the model, judge it, and write the row."""
+        if self.row() is None:
+            write_json(self.cell, {"format": FORMAT, "rule": VERSION, "row": judged(self)})
+
+
+def judged(case: Case) -> dict[str, Any]:
+    """Return the row of one case: what is true, what the verdict says, and every test's value.
+
+    A model that noise has made forget its training pairs is not learned, whatever it was built as.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    model, task, truth = reference.build(case.family, seed=case.seed, **dict(case.size))
+    kind, options = NUISANCES[case.nuisance]
+    if kind == "renamed-tokens":
+        model, task = reference.renamed_tokens(model, task, seed=case.seed)
+    elif kind != "none":
+        model = reference.transform(model, kind, seed=case.seed, **options)
+    verdict = mechanisms.explain(model, task)
+    gate = verdict["accuracy-gate"]
+    learned = max(gate.number("train"), gate.number("random")) >= RULE.learned_train
+    return {
+        "family": case.family,
+        "nuisance": case.nuisance,
+        "size": ", ".join(f"{name} {value}" for name, value in case.size),
+        "seed": case.seed,
+        "truth": truth if learned else "not-learned",
+        "built": truth,
+        **verdict_columns(verdict),
+        "seconds": sum(item.seconds for item in verdict.items),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """One row per model: ``family``, ``nuisance``, ``size``, ``seed``, ``built``, ``truth``, verdict, tests' values."""
+
+    table: pd.DataFrame
+    path: Path
+
+    def confusion(self) -> pd.DataFrame:
+        """Return how many models of each truth got each verdict."""
+        return pd.crosstab(self.table["truth"], self._said(), rownames=["truth"], colnames=["verdict"])
+
+    def summary(self) -> pd.DataFrame:
+        """Return what the verdicts amount to, over all models that have learned their task."""
+        learned = self.table["truth"] != "not-learned"
+        truth, label = self.table["truth"].str.split("/").str[0], self.table["label"]
+        rows = {
+            "models": len(self.table),
+            "models that have learned": int(learned.sum()),
+            "share called by label and mechanism": float((self._said() == self.table["truth"])[learned].mean()),
+            "share called by label": float((label == truth)[learned].mean()),
+            "algorithms called heuristics": int(((truth == "algorithm") & (label == "heuristics")).sum()),
+            "heuristics called algorithms": int(((truth == "heuristics") & (label == "algorithm")).sum()),
+            "share undetermined": float((label == "undetermined")[learned].mean()),
+        }
+        return pd.DataFrame({"value": pd.Series(rows)}).rename_axis("figure").reset_index()
+
+    def separation(self) -> pd.DataFrame:
+        """Return, for each test and pair of families, the area under the ROC curve of telling them apart by its value.
+
+        0.5 is chance; 0 and 1 tell apart equally well. Only models that have learned, if both families have the test.
+
+        Source: scikit-learn's ``roc_auc_score``.
+        """
+        from sklearn.metrics import roc_auc_score
+
+        learned = self.table[self.table["truth"] != "not-learned"]
+        rows = []
+        for test, (one, other) in itertools.product(self._tests(), itertools.combinations(SIZES, 2)):
+            first, second = (learned.loc[learned["family"] == f, test].dropna() for f in (one, other))
+            if len(first) and len(second):
+                labels = np.r_[np.ones(len(first)), np.zeros(len(second))]
+                area = float(roc_auc_score(labels, np.r_[first, second]))
+                rows.append({"test": test, "family": one, "other": other, "auroc": area})
+        return pd.DataFrame(rows, columns=["test", "family", "other", "auroc"])
+
+    def left_out(self) -> pd.DataFrame:
+        """Return, for each family, how often the rule is right on it, and a likelihood ratio that never saw the family.
+
+        The likelihood ratio is that of independent normal distributions of the tests' values given the label, fitted
+        to the other families; absent values count as -1. It cannot give a label that no other family has.
+
+        Source: naive Bayes, scikit-learn's ``GaussianNB``; left out by family as in ``LeaveOneGroupOut``.
+        """
+        from sklearn.naive_bayes import GaussianNB
+
+        values = self.table[self._tests()].astype(float).fillna(-1.0).to_numpy()
+        truth = self.table["truth"].str.split("/").str[0].to_numpy()
+        family = self.table["family"].to_numpy()
+        rows = []
+        for name in SIZES:
+            out = family == name
+            if not out.any() or out.all():
+                continue
+            seen = np.unique(truth[~out])
+            guess = np.full(int(out.sum()), seen[0])
+            if len(seen) > 1:
+                guess = GaussianNB(var_smoothing=1e-3).fit(values[~out], truth[~out]).predict(values[out])
+            rule = float((self.table["label"].to_numpy()[out] == truth[out]).mean())
+            rows.append({"family": name, "models": int(out.sum()), "rule": rule})
+            rows[-1]["likelihood ratio, family left out"] = float((guess == truth[out]).mean())
+        return pd.DataFrame(rows)
+
+    @property
+    def report(self) -> Path:
+        """Write ``report.html`` beside the table and return its path."""
+        from circuits.report import write_calibration
+
+        return write_calibration(self)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the table."""
+        return self.table
+
+    def _tests(self) -> list[str]:
+        return [test for test in TESTS if test in self.table.columns]
+
+    def _said(self) -> pd.Series:
+        mechanism = self.table["mechanism"].fillna("")
+        return self.table["label"].where(mechanism == "", self.table["label"] + "/" + mechanism).rename("verdict")
+
+    def _repr_html_(self) -> str:
+        return self.summary().to_html(index=False, float_format="{:.3f}".format) + self.confusion().to_html()
+
+
+def calibrate(
+    out: Path | str,
+    *,
+    families: Collection[str] | None = None,
+    seeds: int = SEEDS,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Judge built models whose mechanism is known, and write the table into a directory; a second start goes on.
+
+    Every family, size and seed is judged untouched; every nuisance is put on one seed of every family and size, the
+    seeds in turn. Nuisances that a family does not admit are left out.
+
+    Args:
+        out: Directory for ``calibration.parquet``, ``calibration.csv`` and a file per model.
+        families: Names of ``SIZES``; None: all.
+        seeds: How many.
+        workers: Processes at a time; None: the number of cores.
+        progress: Whether to show a bar.
+
+    Raises:
+        UnknownName: no such family.
+        BadInput: ``seeds`` or ``workers`` is less than 1, or a model could not be judged.
+        StorageError: the directory cannot be written.
+
+    Source: a confusion matrix against constructions: ours; the thresholds and what they rest on: docs/log.md.
+    """
+    chosen = list(SIZES) if families is None else [name.replace("_", "-") for name in families]
+    for name in chosen:
+        if name not in SIZES:
+            raise UnknownName("family", name, SIZES)
+    if seeds < 1 or (workers is not None and workers < 1):
+        raise BadInput(f"seeds = {seeds}, workers = {workers}: expected at least 1")
+    executor.prepare()
+    folder = make_directory(out)
+    for name in ("cells", "logs"):
+        make_directory(folder / name)
+    cases = [case for family in chosen for case in _cases(family, seeds, folder)]
+    missing = [case for case in cases if case.row() is None]
+    with tqdm(total=len(missing), desc="calibrate", unit="model", disable=not progress) as bar:
+
+        def watch(active: Sequence[executor.Active], ended: executor.Outcome | None) -> None:
+            bar.update(ended is not None)
+
+        outcomes = executor.execute(missing, workers=workers or executor.cores(), watch=watch)
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    if failed:
+        raise BadInput(f"{len(failed)} of {len(cases)} models could not be judged, the first: {failed[0].error}")
+    return Calibration(_written([row for case in cases if (row := case.row()) is not None], folder), folder)
+
+
+def _cases(family: str, seeds: int, folder: Path) -> list[Case]:
+    cases = []
+    for size in SIZES[family]:
+        fixed = tuple(sorted(size.items()))
+        cases += [Case(family, fixed, "none", seed, folder) for seed in range(seeds)]
+        admitted = [n for n in NUISANCES if n != "none" and not (family == "random-init" and n == "dead neurons")]
+        cases += [Case(family, fixed, nuisance, i % seeds, folder) for i, nuisance in enumerate(admitted)]
+    return cases
+
+
+def _written(rows: Sequence[Mapping[str, Any]], folder: Path) -> pd.DataFrame:
+    import io
+
+    table = pd.DataFrame(rows)
+    data = io.BytesIO()
+    table.to_parquet(data, index=False)
+    atomic_write(folder / "calibration.parquet", data.getvalue())
+    atomic_write(folder / "calibration.csv", table.to_csv(index=False).encode())
+    return table

@@ -99,6 +99,7 @@ def edge_circuit(
         effects.sum(1),
         method=method,
         metric=name_of(metric),
+        signed=not is_distance(metric),
         details={"pairs": len(pairs), "changed": pairs.changed, **(details or {})} | rules_details(rules),
     )
     return replace(circuit, by_position=effects.mean(0)) if by_position else circuit

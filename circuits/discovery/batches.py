@@ -97,7 +97,7 @@ def setting_of(
     blocks, why = None, ""
     try:
         blocks = blocks_of(model, sites, pairs.clean[:2])
-    except UnsupportedModel as error:
+    except (UnsupportedModel, RuntimeError) as error:  # a bridge says by the latter that a block has no such part
         why = str(error)
     return Setting(model, sites, pairs, metric, replaced, denoising, blocks, why)
 

@@ -10,7 +10,7 @@ from circuits.discovery.activations import Store, source_differences
 from circuits.discovery.attribution import Plan, Product, Term, effects_of, gradients_by_layer, integration_points
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.gradient_rules import GradientRules, rules_details
-from circuits.discovery.metrics import Metric, logit_difference, name_of
+from circuits.discovery.metrics import Metric, is_distance, logit_difference, name_of
 from circuits.discovery.sites import Sites, sites_of
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
@@ -70,7 +70,12 @@ def eap_ig_activations(
     )
     details = {"pairs": len(pairs), "changed": pairs.changed, "steps": steps} | rules_details(rules)
     return Circuit.of_effects(
-        sites.graph, effects, method="eap-ig-activations", metric=name_of(metric), details=details
+        sites.graph,
+        effects,
+        method="eap-ig-activations",
+        metric=name_of(metric),
+        details=details,
+        signed=not is_distance(metric),
     )
 
 

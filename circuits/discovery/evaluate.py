@@ -52,7 +52,7 @@ def ablated_metric(
         progress: Whether to show a bar.
 
     Raises:
-        BadInput: the pairs do not line up, or ``keep`` does not have one column per edge.
+        BadInput: the pairs do not line up, ``keep`` does not have one column per edge, or the metric is not finite.
         UnknownName: no such ablation.
         UnsupportedModel: the model has a part that edges cannot represent.
     """
@@ -73,6 +73,9 @@ def ablated_metric(
             logits = ablated_logits(model, sites, part.clean, replaced, keep[k : k + sets])
             for j, of_set in enumerate(logits):
                 out[k + j, i : i + rows] = measure(metric, of_set, part)
+    if not bool(torch.isfinite(out).all()):
+        bad = int((~torch.isfinite(out)).any(0).sum())
+        raise BadInput(f"metric {name_of(metric)} is not finite on {bad} of {len(pairs)} pairs: check the model and it")
     return out
 
 

@@ -9,11 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.discovery.activations import Store, head_outputs, source_values
+from circuits.discovery.activations import Store, check_model, head_outputs, source_values
 from circuits.discovery.attribution import pair_slices
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.metrics import Metric, check_pairs, logit_difference, select
 from circuits.discovery.sites import Sites, sites_of
+from circuits.errors import BadInput
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
 
@@ -46,17 +47,20 @@ def information_flow_routes(
     Fails when: what matters is small: a source that writes much into directions that no reader uses scores high.
 
     Raises:
-        BadInput: the pairs do not line up.
+        BadInput: the pairs do not line up, or an activation is not finite.
         UnsupportedModel: the model has a part that edges cannot represent.
     """
     check_pairs(pairs)
     pairs = pairs.to(model.cfg.device)
     sites = sites_of(model)
+    check_model(model, sites, pairs.clean)
     slices = pair_slices(sites, pairs, model.cfg.d_model, batch_size)
     found: list[Tensor] = []
     for rows in tqdm(slices, desc="information flow", unit="batch", disable=not progress or len(slices) == 1):
         values = source_values(model, sites, select(pairs, rows).clean)
         found.append(torch.cat([_shares(*seen) for seen in _seen(sites, values)], 1))
+    if not all(bool(torch.isfinite(part).all()) for part in found):
+        raise BadInput("a source's output is not finite: check the model's weights")
     details = {"pairs": len(pairs), "changed": pairs.changed}
     return Circuit.of_effects(
         sites.graph,

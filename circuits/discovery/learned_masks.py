@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from circuits.discovery.ablate import ablated_logits, replacement
 from circuits.discovery.activations import check_model
-from circuits.discovery.metrics import Metric, check_pairs, measure
+from circuits.discovery.metrics import Metric, check_pairs, measure, name_of
 from circuits.discovery.sites import Sites
 from circuits.errors import BadInput, Diverged
 from circuits.model import HookedModel
@@ -93,6 +93,9 @@ def fit(
                 parameter.grad = gradient
             for optimizer in optimizers:
                 optimizer.step()
+    if len(losses) > 1 and len(set(losses)) == 1:
+        what = name_of(metric) if metric else "the output"
+        raise BadInput(f"no ablation changes {what} at all: expected a metric that depends on the logits")
     return losses
 
 

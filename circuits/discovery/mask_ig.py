@@ -13,7 +13,7 @@ from circuits.discovery.ablate import ablated_logits_by_pair, replacement
 from circuits.discovery.activations import check_model
 from circuits.discovery.attribution import pair_slices
 from circuits.discovery.circuit import Circuit
-from circuits.discovery.metrics import Metric, check_pairs, logit_difference, measure, name_of, select
+from circuits.discovery.metrics import Metric, check_pairs, is_distance, logit_difference, measure, name_of, select
 from circuits.discovery.sites import Sites, sites_of
 from circuits.errors import BadInput
 from circuits.model import HookedModel
@@ -127,7 +127,8 @@ def _circuit(
     if not bool(torch.isfinite(found).all()):
         edge = sites.graph.edges[int((~torch.isfinite(found).all(0)).nonzero()[0])]
         raise BadInput(f"the score of edge {edge[0]} -> {edge[1]} is not finite: check the model's weights")
-    if not bool((found != 0).any()):
+    # Rounding leaves a little of the zero gradient that a distance has at its minimum.
+    if not bool((found != 0).any()) or (is_distance(metric) and all(point == 1 for point in points)):
         raise BadInput(
             f"the gradient of metric {name_of(metric)} is zero at every point: all scores would be zero. A divergence "
             f"from the clean output does that at the clean point; take logit_difference or log_probability"
@@ -138,7 +139,8 @@ def _circuit(
         "ablation": ablation if isinstance(ablation, str) else "constants",
         "points": points,
     }
-    return Circuit.of_effects(sites.graph, found, method=method, metric=name_of(metric), details=details)
+    signed = not is_distance(metric)
+    return Circuit.of_effects(sites.graph, found, method=method, metric=name_of(metric), details=details, signed=signed)
 
 
 def _gradient(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.errors import BadInput
@@ -19,13 +19,22 @@ Metric = Callable[[Float[Tensor, "batch d_vocab_out"], Pairs], Float[Tensor, " b
 
 def logit_difference(logits: Float[Tensor, "batch d_vocab_out"], pairs: Pairs) -> Float[Tensor, " batch"]:
     """Return the logit of the clean input's answer minus that of the corrupt input's answer."""
-    correct, wrong = (t.to(logits.device)[:, None] for t in (pairs.correct, pairs.wrong))
+    correct, wrong = (_among(logits, t)[:, None] for t in (pairs.correct, pairs.wrong))
     return (logits.gather(1, correct) - logits.gather(1, wrong)).squeeze(1)
 
 
 def log_probability(logits: Float[Tensor, "batch d_vocab_out"], pairs: Pairs) -> Float[Tensor, " batch"]:
     """Return the log probability, in nats, of the clean input's answer."""
-    return logits.log_softmax(-1).gather(1, pairs.correct.to(logits.device)[:, None]).squeeze(1)
+    return logits.log_softmax(-1).gather(1, _among(logits, pairs.correct)[:, None]).squeeze(1)
+
+
+def _among(logits: Float[Tensor, "batch d_vocab_out"], tokens: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+    """Answers as indices of the logits."""
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < logits.shape[-1]:
+        raise BadInput(
+            f"an answer is token {int(tokens.max())}: expected 0 to {logits.shape[-1] - 1}, one of the logits"
+        )
+    return tokens.to(logits.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +154,8 @@ def measure_at_answers(
         BadInput: the metric does not give one number per example.
     """
     values = metric(logits, pairs)
+    if isinstance(values, Tensor) and values.dtype == torch.bool:
+        values = values.to(logits.dtype)  # right or wrong, as accuracy
     if not isinstance(values, Tensor) or values.shape != (len(pairs),):
         got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise BadInput(f"metric {name_of(metric)} returned {got}: expected one number for each of {len(pairs)} pairs")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from circuits.discovery.graph import Graph, has_position_embedding
 from circuits.errors import BadInput, UnsupportedModel
-from circuits.model import HookedModel, module_of
+from circuits.model import HookedModel, Transformer, module_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +153,12 @@ def sites_of(model: HookedModel, *, neurons: bool = False) -> Sites:
         for name, m in getattr(model, "named_modules", lambda: [])()
         if isinstance(m, torch.nn.Dropout) and m.training and m.p > 0
     ]
+    dropping += [
+        f"{name}.{attribute}"
+        for name, m in getattr(model, "named_modules", lambda: [])()
+        for attribute in ("attention_dropout", "attn_dropout", "dropout_p")
+        if m.training and isinstance(getattr(m, attribute, None), float) and getattr(m, attribute) > 0
+    ]
     if dropping:
         raise BadInput(f"dropout is active in {dropping[0]}: call model.eval() first")
     graph = Graph.from_model(model, neurons=neurons)
@@ -167,7 +173,8 @@ def _layer(model: HookedModel, hooks: Mapping[str, Any], i: int, attn_only: bool
     block = f"blocks.{i}"
     attn = module_of(model, f"{block}.attn")
     # On a bridge hook_mlp_in fires only under a flag of the model; the input of ln2 is the same place, always there.
-    mlp_in = next((n for n in (f"{block}.ln2.hook_in", f"{block}.hook_mlp_in") if n in hooks), None)
+    places = (f"{block}.ln2.hook_in", *([f"{block}.hook_mlp_in"] if isinstance(model, Transformer) else []))
+    mlp_in = next((name for name in places if name in hooks), None)
     if not attn_only and mlp_in is None:
         raise UnsupportedModel(
             f"{block} of {type(model).__name__} has no hook at its MLP's input before the norm (ln2.hook_in or "

@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 NORMALIZATIONS = (None, "LN", "RMS")
 EPS = 1e-5
-ALL, LAST = slice(None), slice(-1, None)
+ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -192,22 +192,12 @@ class Attention(nn.Module):
         # Split inputs are read first, so that a cache of the norm's hooks ends with the usual shape.
         split = {name: self._read_split(name, resid, norm) for name in "QKV" if self._input_hook(name).hooked}
         x = norm(resid)
-        v = self.hook_v(split["V"] if "V" in split else self._project("V", x))
-        pattern: Tensor | None = None
-        if self.share > 0 or self._scores_hooked():
-            q = self.hook_q(split["Q"][:, queries] if "Q" in split else self._project("Q", x[:, queries]))
-            k = self.hook_k(split["K"] if "K" in split else self._project("K", x))
-            scores = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)) * self.scale
-            if self.mask is not None:
-                scores = scores + self.mask[: k.shape[1], : k.shape[1]][queries]
-            pattern = torch.softmax(self.hook_attn_scores(scores), dim=-1)
-        if self.share < 1:
-            uniform = (1 - self.share) * self._uniform(v)[queries]
-            pattern = uniform if pattern is None else self.share * pattern + uniform
-        assert pattern is not None
-        if pattern.ndim == 2 and self.hook_pattern.hooked:
-            pattern = pattern.repeat(v.shape[0], v.shape[2], 1, 1)
-        z = self.hook_z((self.hook_pattern(pattern) @ v.transpose(1, 2)).transpose(1, 2))
+        if self.share == 0 and not split and not self._inside_hooked():
+            z = self._uniform_z(x, queries)
+        else:
+            v = self.hook_v(split["V"] if "V" in split else self._project("V", x))
+            z = _attend(self.hook_pattern(self._pattern(x, split, queries)), v)
+        z = self.hook_z(z)
         if self.hook_result.hooked:
             out = self.hook_result(torch.einsum("bphe,hed->bphd", z, self.W_O)).sum(2)
             return out if self.b_O is None else out + self.b_O
@@ -216,15 +206,51 @@ class Attention(nn.Module):
     def _input_hook(self, name: str) -> HookPoint:
         return getattr(self, f"hook_{name.lower()}_input")
 
+    def _pattern(
+        self, x: Float[Tensor, "batch pos d_model"], split: dict[str, Tensor], queries: slice
+    ) -> Float[Tensor, "batch head query key"]:
+        pattern: Tensor | None = None
+        if self.share > 0 or self._scores_hooked():
+            q = self.hook_q(split["Q"][:, queries] if "Q" in split else self._project("Q", x[:, queries]))
+            k = self.hook_k(split["K"] if "K" in split else self._project("K", x))
+            scores = _scores(q, k) * self.scale
+            if self.mask is not None:
+                scores = scores + self.mask[: k.shape[1], : k.shape[1]][queries]
+            pattern = torch.softmax(self.hook_attn_scores(scores), dim=-1)
+        if self.share < 1:
+            uniform = (1 - self.share) * self._uniform(x)[queries]
+            if pattern is None:
+                pattern = uniform.repeat(x.shape[0], self.W_V.shape[0], 1, 1)
+            else:
+                pattern = self.share * pattern + uniform
+        assert pattern is not None
+        return pattern
+
+    def _uniform_z(
+        self, x: Float[Tensor, "batch pos d_model"], queries: slice
+    ) -> Float[Tensor, "batch query head d_head"]:
+        """Return what uniform attention mixes: positions first, then values, which are linear in them."""
+        weights = self._uniform(x)[queries]
+        mixed = weights @ x if len(weights) > 1 else (weights.mT * x).sum(1, keepdim=True)
+        return self._project("V", mixed, scale=weights.sum(-1)[:, None])
+
     def _scores_hooked(self) -> bool:
         points = (self.hook_q_input, self.hook_k_input, self.hook_q, self.hook_k, self.hook_attn_scores)
         return any(point.hooked for point in points)
 
-    def _project(self, name: str, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos head d_head"]:
+    def _inside_hooked(self) -> bool:
+        return self._scores_hooked() or self.hook_v.hooked or self.hook_pattern.hooked
+
+    def _project(
+        self, name: str, x: Float[Tensor, "batch pos d_model"], scale: Float[Tensor, "pos 1"] | None = None
+    ) -> Float[Tensor, "batch pos head d_head"]:
         weight, bias = getattr(self, f"W_{name}"), getattr(self, f"b_{name}")
         heads, d_model, d_head = weight.shape
         flat = weight.transpose(1, 2).reshape(heads * d_head, d_model)
-        return F.linear(x, flat, None if bias is None else bias.flatten()).unflatten(-1, (heads, d_head))
+        bias = None if bias is None else bias.flatten()
+        if bias is None or scale is None:
+            return F.linear(x, flat, bias).unflatten(-1, (heads, d_head))
+        return (F.linear(x, flat) + scale * bias).unflatten(-1, (heads, d_head))
 
     def _read_split(
         self, name: str, resid: Float[Tensor, "batch pos d_model"], norm: nn.Module
@@ -234,13 +260,29 @@ class Attention(nn.Module):
         out = torch.einsum("bphd,hde->bphe", norm(copies), weight)
         return out if bias is None else out + bias
 
-    def _uniform(self, v: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "query key"]:
-        visible = torch.ones(v.shape[1], v.shape[1], device=v.device, dtype=v.dtype)
+    def _uniform(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "query key"]:
+        visible = torch.ones(x.shape[1], x.shape[1], device=x.device, dtype=x.dtype)
         if self.mask is not None:
             visible = visible.tril()
         if self.uniform_weight is not None:
             return visible * self.uniform_weight
         return visible / visible.sum(-1, keepdim=True)
+
+
+def _scores(
+    q: Float[Tensor, "batch query head d_head"], k: Float[Tensor, "batch key head d_head"]
+) -> Float[Tensor, "batch head query key"]:
+    if q.shape[1] == 1:  # thousands of products of one row each are slow as matrix products
+        return (q * k).sum(-1).mT[:, :, None]
+    return q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+
+
+def _attend(
+    pattern: Float[Tensor, "batch head query key"], v: Float[Tensor, "batch key head d_head"]
+) -> Float[Tensor, "batch query head d_head"]:
+    if pattern.shape[2] == 1:
+        return (pattern[:, :, 0].mT[..., None] * v).sum(1, keepdim=True)
+    return (pattern @ v.transpose(1, 2)).transpose(1, 2)
 
 
 class MLP(nn.Module):

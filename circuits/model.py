@@ -27,7 +27,6 @@ from circuits import _convert, _io
 from circuits._layers import (
     ALL,
     EPS,
-    LAST,
     Block,
     Embed,
     HookPoint,
@@ -160,18 +159,20 @@ class Transformer(HookedRootModule):
         return self._cfg
 
     def forward(
-        self, tokens: Int[Tensor, "batch pos"], *, last_only: bool = False
+        self, tokens: Int[Tensor, "batch pos"], *, last: int | None = None
     ) -> Float[Tensor, "batch query d_vocab_out"]:
-        """Return the logits at every position, or at the last one alone.
+        """Return the logits at every position, or at the ``last`` positions alone.
 
-        With ``last_only`` the last block computes queries, MLP and logits at the last position only: the same
-        numbers for about half the cost of a one-layer model on three tokens. Its hooks then see that position alone.
+        With ``last`` the last block computes queries, MLP and logits at those positions only: the same numbers for
+        about half the cost of a one-layer model on three tokens. Its hooks then see those positions alone.
 
         Raises:
             BadInput: ``tokens`` is not an integer matrix, is longer than the context, or holds an id that is not
-                in the vocabulary. (On a GPU ids are looked at in eval mode only.)
+                in the vocabulary. (On a GPU ids are looked at in eval mode only.) ``last`` is less than 1.
         """
         self._check_shape(tokens)
+        if last is not None and last < 1:
+            raise BadInput(f"last = {last}: expected None or a number of positions of at least 1")
         try:
             resid = self.hook_embed(self.embed(tokens))
         except IndexError:
@@ -182,10 +183,10 @@ class Transformer(HookedRootModule):
             if self.hook_pos_embed.hooked:
                 positions = self.hook_pos_embed(positions.clone())
             resid = resid + positions
-        *earlier, last = self.blocks
+        *earlier, final = self.blocks
         for block in earlier:
             resid = block(resid)
-        resid = last(resid, LAST if last_only else ALL)
+        resid = final(resid, ALL if last is None else slice(-last, None))
         return self.unembed(self.ln_final(resid))
 
     def _check_shape(self, tokens: Tensor) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import sys
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +28,21 @@ settings.load_profile("circuits")
 
 # At these sizes a second thread is slower as soon as anything else runs (pytest-xdist is something else).
 torch.set_num_threads(1)
+
+
+if sys.version_info < (3, 12):
+    # Up to Python 3.11 isinstance against a protocol evaluates every property of the instance, and the run-time types
+    # ask at every call: half of the suite's time. An instance of a class that has passed is not asked again.
+    _asked: typing.Any = typing._ProtocolMeta.__instancecheck__  # type: ignore[attr-defined]
+    _passed: set[tuple[type, type]] = set()
+
+    def _ask_once(protocol: type, instance: object) -> bool:
+        key = (protocol, type(instance))
+        if key not in _passed and _asked(protocol, instance):
+            _passed.add(key)
+        return key in _passed
+
+    typing._ProtocolMeta.__instancecheck__ = _ask_once  # type: ignore[attr-defined]
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from circuits.errors import BadInput, CorruptRun
 from circuits.mechanisms import RULE, TESTS, Evidence, Verdict, decide
-from circuits.mechanisms.functional_form import greedy_fit, hinge_features, r_squared, wave_fit
+from circuits.mechanisms.functional_form import hinge_features, wave_features, wave_fit
 from circuits.mechanisms.interchange import class_means, orthonormal, slope
+from circuits.mechanisms.least_squares import block_fits, greedy_fit, r_squared
 from circuits.mechanisms.readings import discrete_logarithm
 from circuits.mechanisms.rectangles import best_rectangles, edge_grid, two_level_share
 from circuits.mechanisms.spectral import frequency_basis, project
@@ -102,6 +103,45 @@ def test_greedy_fit_recovers_a_hinge_and_not_noise():
     scores = greedy_fit(hinge_features(operands, 20), torch.stack([hinge, noise], dim=1), fit)
     assert float(scores[0]) > 0.99
     assert float(scores[1]) < 0.3
+
+
+def test_block_fits_are_least_squares():
+    a, b = _grid(13)
+    generator = torch.Generator().manual_seed(0)
+    neurons = torch.rand(169, 5, generator=generator)
+    fit = torch.rand(169, generator=generator) < 0.6
+    blocks = wave_features(a, b, torch.tensor([1, 4, 6]), 13)
+    inside, outside = block_fits(blocks, neurons, fit)
+    for k in range(3):
+        weights = torch.linalg.lstsq(blocks[fit, k].double(), neurons[fit].double()).solution
+        predicted = (blocks[:, k].double() @ weights).float()
+        assert torch.allclose(inside[k], r_squared(neurons[fit], predicted[fit]), atol=1e-5)
+        assert torch.allclose(outside[k], r_squared(neurons[~fit], predicted[~fit]), atol=1e-5)
+
+
+def test_greedy_fit_is_matching_pursuit_step_by_step():
+    a, b = _grid(9)
+    generator = torch.Generator().manual_seed(0)
+    features = hinge_features(torch.stack([a, b], dim=1), 9).double()
+    neurons = torch.rand(81, 4, generator=generator)
+    fit = torch.rand(81, generator=generator) < 0.6
+    found = greedy_fit(features.float(), neurons, fit, terms=3)
+    x = features[fit] - features[fit].mean(0)
+    x = x / x.square().mean(0).sqrt().clamp_min(1e-6) * (x.square().mean(0).sqrt() > 1e-6)
+    for column in range(4):
+        y = neurons[:, column].double()
+        chosen: list[int] = []
+        predicted = y[fit].mean().expand(81)
+        for _ in range(3):
+            correlation = (x.T @ (y - predicted)[fit]).abs()
+            correlation[chosen] = 0
+            chosen.append(int(correlation.argmax()))
+            design = torch.cat([torch.ones(81, 1), features[:, chosen]], dim=1)
+            gram = design[fit].T @ design[fit]
+            gram = gram + 1e-4 * gram.diagonal().mean() * torch.eye(len(gram))
+            predicted = design @ torch.linalg.solve(gram, design[fit].T @ y[fit])
+        expected = r_squared(y[~fit, None], predicted[~fit, None])
+        assert float(found[column]) == pytest.approx(float(expected[0]), abs=1e-4)
 
 
 def test_r_squared_of_truth_mean_and_constant():

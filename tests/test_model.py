@@ -119,9 +119,12 @@ def test_computing_every_hook_point_changes_no_number(variant: str) -> None:
 
 @variants
 @torch.no_grad()
-def test_the_last_position_alone_has_the_same_logits(variant: str) -> None:
+def test_the_last_positions_alone_have_the_same_logits(variant: str) -> None:
     model, tokens = build(variant).double(), some_tokens()
-    torch.testing.assert_close(model(tokens, last_only=True), model(tokens)[:, -1:])
+    for last in (1, 2, tokens.shape[1]):
+        torch.testing.assert_close(model(tokens, last=last), model(tokens)[:, -last:])
+    with pytest.raises(BadInput, match="last = 0"):
+        model(tokens, last=0)
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if VARIANTS[v].get("causal", True)])
@@ -740,7 +743,7 @@ def test_published_modular_addition_has_its_accuracy() -> None:
     model = cm.from_transformer_lens(weights, act_fn="relu", normalization=None)
     operands, answers = table(113)
     tokens = F.pad(operands, (0, 1), value=113)
-    accuracy = (model(tokens, last_only=True)[:, 0].argmax(-1) == answers).double().mean()
+    accuracy = (model(tokens, last=1)[:, 0].argmax(-1) == answers).double().mean()
     assert float(accuracy) == reference("progress-measures")["low_precision_mod_addition.pth"]["acc_full"]
 
 
@@ -754,7 +757,7 @@ def test_published_digit_addition_has_its_accuracy() -> None:
     total = (digits[:, :5] * tens).sum(1) + (digits[:, 5:] * tens).sum(1)
     tokens = torch.cat([F.pad(digits[:, :5], (0, 1), value=10), F.pad(digits[:, 5:], (0, 1), value=11)], 1)
     for _ in range(6):
-        tokens = torch.cat([tokens, model(tokens, last_only=True).argmax(-1)], 1)
+        tokens = torch.cat([tokens, model(tokens, last=1).argmax(-1)], 1)
     right = (tokens[:, 12:] == total[:, None] // 10 ** torch.arange(5, -1, -1) % 10).all(1)
     # Another sample of 3000 than the reference's: four standard errors of the difference.
     assert float(right.double().mean()) == pytest.approx(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,10 @@ from torch import Tensor
 from circuits._stats import bootstrap_interval
 from circuits.errors import BadInput
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.readings import Readings, angle, decisive_layers, group_index, read
+from circuits.mechanisms.least_squares import block_fits, greedy_fit
+from circuits.mechanisms.readings import Readings, decisive_layers, group_index, read
 from circuits.tasks.base import Task
 
-TERMS = 8
 TOP_NEURONS = 512
 MOST_ROWS = 4096
 GOOD_FIT = 0.8
@@ -39,10 +40,22 @@ def wave_fit(
 
     Source: Nanda et al. 2023 (arXiv 2301.05217), section 4.2 (share of a neuron's variance in one frequency).
     """
-    scores = torch.stack([_wave_score(a, b, neurons, k, modulus, fit) for k in range(lowest, modulus // 2 + 1)])
+    frequencies = torch.arange(lowest, modulus // 2 + 1, device=a.device)
+    inside, outside = block_fits(wave_features(a, b, frequencies, modulus), neurons, fit)
     # the frequency is chosen on the fitting half, its R2 is read on the other half
-    which = scores[:, 0].argmax(0)
-    return scores[:, 1].gather(0, which[None]).squeeze(0), which + lowest
+    which = inside.argmax(0)
+    return outside.gather(0, which[None]).squeeze(0), which + lowest
+
+
+def wave_features(
+    a: Int[Tensor, " rows"], b: Int[Tensor, " rows"], frequencies: Int[Tensor, " k"], modulus: int
+) -> Float[Tensor, "rows k 9"]:
+    """{1, cos wa, sin wa} x {1, cos wb, sin wb} for each frequency, w = 2 pi k / modulus."""
+    waves = []
+    for x in (a, b):
+        phase = x[:, None] * frequencies % modulus * (2 * math.pi / modulus)
+        waves.append(torch.stack([torch.ones_like(phase), phase.cos(), phase.sin()], dim=-1))
+    return torch.einsum("rki,rkj->rkij", *waves).flatten(2)
 
 
 def lowest_frequency(task: Task, modulus: int) -> int:
@@ -51,23 +64,6 @@ def lowest_frequency(task: Task, modulus: int) -> int:
     Longer waves are monotone over the range and pass for any magnitude code.
     """
     return 1 if task.period else -(-modulus // task.n_operand_values)
-
-
-def _wave_score(a: Tensor, b: Tensor, neurons: Tensor, frequency: int, modulus: int, fit: Tensor) -> Tensor:
-    one = torch.ones_like(a, dtype=neurons.dtype)
-    wa, wb = angle(a, frequency, modulus), angle(b, frequency, modulus)
-    left, right = [one, wa.cos(), wa.sin()], [one, wb.cos(), wb.sin()]
-    basis = torch.stack([x * y for x in left for y in right], dim=1)
-    coefficients = torch.linalg.lstsq(basis[fit], neurons[fit]).solution
-    predicted = basis @ coefficients
-    return torch.stack([r_squared(neurons[fit], predicted[fit]), r_squared(neurons[~fit], predicted[~fit])])
-
-
-def r_squared(true: Float[Tensor, "rows n"], predicted: Float[Tensor, "rows n"]) -> Float[Tensor, " n"]:
-    """Share of each column's variance that is predicted; -1 at worst, 0 for a constant column."""
-    total = (true - true.mean(0)).square().sum(0)
-    left = (true - predicted).square().sum(0)
-    return torch.where(total > 1e-12, 1 - left / total.clamp_min(1e-12), torch.zeros_like(total)).clamp_min(-1)
 
 
 def hinge_features(operands: Int[Tensor, "rows 2"], n: int) -> Float[Tensor, "rows features"]:
@@ -100,40 +96,6 @@ def indicator_features(operands: Int[Tensor, "rows 2"], n: int) -> Float[Tensor,
     columns += [cells.flatten(1), units[:, None] == torch.arange(19, device=a.device)]
     columns += [(units >= 10)[:, None], (a == b)[:, None]]
     return torch.cat([c.float() for c in columns], dim=1)
-
-
-def greedy_fit(
-    features: Float[Tensor, "rows features"], neurons: Float[Tensor, "rows n"], fit: Tensor, terms: int = TERMS
-) -> Float[Tensor, " n"]:
-    """Held-out R2 of orthogonal matching pursuit with ``terms`` features for each neuron.
-
-    Source: Pati, Rezaiifar, Krishnaprasad 1993 (orthogonal matching pursuit).
-    """
-    x = features[fit]
-    x = (x - x.mean(0)) / x.std(0).clamp_min(1e-6)
-    usable = features[fit].std(0) > 1e-6
-    y = neurons[fit]
-    residual = y - y.mean(0)
-    chosen: list[Tensor] = []
-    one = torch.ones(len(features), 1, device=features.device)
-    predicted = one * y.mean(0)
-    for _ in range(terms):
-        correlation = (x.T @ residual).abs() * usable[:, None]
-        for earlier in chosen:
-            correlation.scatter_(0, earlier[None], 0.0)
-        chosen.append(correlation.argmax(0))
-        index = torch.stack(chosen)
-        design = torch.cat(
-            [one.expand(len(features), index.shape[1])[..., None], features[:, index].permute(0, 2, 1)], dim=-1
-        ).permute(1, 0, 2)
-        gram = design[:, fit].mT @ design[:, fit]
-        gram += (
-            1e-4 * torch.eye(gram.shape[-1], device=gram.device) * gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
-        )
-        weights = torch.linalg.solve(gram, design[:, fit].mT @ y.T[..., None])
-        predicted = (design @ weights).squeeze(-1).T
-        residual = y - predicted[fit]
-    return r_squared(neurons[~fit], predicted[~fit])
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from circuits._stats import bootstrap_interval
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.functional_form import r_squared
+from circuits.mechanisms.least_squares import r_squared
 from circuits.mechanisms.readings import Readings, decisive_layers, read
 from circuits.mechanisms.rectangles import accuracy_with, two_level_share
 from circuits.tasks.base import Task

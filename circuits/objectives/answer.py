@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 import torch.nn.functional as F
 
-from circuits.objectives.base import Loss, answer_logits, check_completions_fit, completion, has_one_token_answers
+from circuits.objectives.base import (
+    Loss,
+    answer_logits,
+    check_completions_fit,
+    completion,
+    has_one_token_answers,
+    last_logits,
+)
 from circuits.tasks.base import Batch, Task
 
 if TYPE_CHECKING:
@@ -39,7 +46,10 @@ class Answer:
             logits, targets = answer_logits(model, batch.inputs), batch.tokens[:, -1]
         else:
             positions = completion(task)
-            logits = model(batch.inputs)[:, positions].flatten(0, 1)
-            targets = batch.targets[:, positions].flatten()
+            first = positions.start if isinstance(positions, slice) else positions[0]
+            logits = last_logits(model, batch.inputs, batch.inputs.shape[1] - first)
+            if not isinstance(positions, slice):
+                logits = logits[:, [position - first for position in positions]]
+            logits, targets = logits.flatten(0, 1), batch.targets[:, positions].flatten()
         check_completions_fit(task, logits.shape[-1])
         return Loss(F.cross_entropy(logits, targets))

@@ -94,14 +94,21 @@ def check_number(name: str, value: object, low: float, high: float = float("inf"
 @functools.cache
 def _can_skip_positions(model_type: type) -> bool:
     forward = getattr(model_type, "forward", None)
-    return forward is not None and "last_only" in inspect.signature(forward).parameters
+    return forward is not None and "last" in inspect.signature(forward).parameters
+
+
+def last_logits(
+    model: HookedModel, tokens: Int[Tensor, "batch pos"], last: int
+) -> Float[Tensor, "batch last d_vocab_out"]:
+    """Return the logits at the last positions; our own model computes no others in its last block."""
+    if _can_skip_positions(type(model)):
+        return model(tokens, last=last)  # type: ignore[call-arg]
+    return model(tokens)[:, -last:]
 
 
 def answer_logits(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch d_vocab_out"]:
-    """Return the logits at the last position; our own model computes no others in its last block."""
-    if _can_skip_positions(type(model)):
-        return model(tokens, last_only=True)[:, -1]  # type: ignore[call-arg]
-    return model(tokens)[:, -1]
+    """Return the logits at the last position."""
+    return last_logits(model, tokens, 1)[:, -1]
 
 
 @remember

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,23 @@ if TYPE_CHECKING:
     from circuits.model import HookedModel
 
 
+class _TwoLevel(torch.autograd.Function):
+    """``two_level`` with its gradient in closed form: a third of the operations that its graph would take."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        slope, above = (1 - h).clamp_(-1, 1), (h - 1).relu_()
+        ctx.save_for_backward(h, slope, above)
+        return (h * slope).square_().add_(above.square(), alpha=0.5)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        h, slope, above = ctx.saved_tensors
+        # where the clamp is in force, its slope does not move with h
+        inside = slope.abs() < 1
+        return gradient * (2 * h * slope * torch.where(inside, slope - h, slope) + above)
+
+
 def two_level(activations: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Return h^2 * clamp(1 - h, -1, 1)^2 + 0.5 * relu(h - 1)^2: zero for h = 0 and h = 1, positive elsewhere.
 
@@ -24,8 +41,8 @@ def two_level(activations: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
     Source: this project; the double well is the standard quartic potential h^2 (1 - h)^2.
     """
-    wells = activations.square() * (1 - activations).clamp(-1, 1).square()
-    return wells + 0.5 * (activations - 1).relu().square()
+    result: Tensor = _TwoLevel.apply(activations)
+    return result
 
 
 @contextmanager

@@ -228,6 +228,6 @@ def require_exact(model: Transformer, task: OneTokenTask, remedy: str) -> None:
     wrong = 0
     with torch.no_grad():
         for inputs, answers in zip(batch.inputs.split(4096), batch.tokens[:, -1].split(4096), strict=True):
-            wrong += int((model(inputs, last_only=True)[:, -1].argmax(-1) != answers).sum())
+            wrong += int((model(inputs, last=1)[:, -1].argmax(-1) != answers).sum())
     if wrong:
         raise BadInput(f"this construction is wrong on {wrong} of {len(batch)} pairs: {remedy}")

@@ -20,6 +20,8 @@ SIBLINGS_ALLOWED = {("model", part) for part in ("_layers", "_convert", "_io")} 
     ("reference", "tasks"),
     ("reference", "model"),
     ("runs", "objectives"),
+    ("cli", "_commands"),
+    ("cli", "_arguments"),
 }
 NEVER = {"objectives", "runs", "training"}
 STANDS_ALONE = {"discovery", "mechanisms"}

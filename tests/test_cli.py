@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from circuits import cli, discovery, mechanisms, objectives, tasks
+from circuits import _commands, cli, discovery, mechanisms, objectives, tasks
 from circuits.model import load, save
 from circuits.runs import Run
 from circuits.study import PRESETS
@@ -85,7 +85,7 @@ def test_explain_and_discover_a_run(trained: Path, tmp_path: Path, capsys: pytes
 
 def test_list_names_everything_with_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     listed = json.loads(output_of(capsys, "list", "--json"))
-    assert listed.keys() == set(cli.KINDS)
+    assert listed.keys() == set(_commands.KINDS)
     assert listed["tasks"].keys() == tasks.TASKS.keys()
     assert listed["objectives"].keys() == objectives.OBJECTIVES.keys()
     assert listed["methods"].keys() == discovery.METHODS.keys()
@@ -219,7 +219,16 @@ def test_a_full_disk_is_one_line(
     assert "free some space" in message
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["study", "--help"], ["train", "--help"]], ids=" ".join)
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, summary in cli.COMMANDS.items():
+        assert f"{name} {summary}" in text
+        function = getattr(_commands, "list_names" if name == "list" else name)
+        assert function.__doc__.splitlines()[0] == summary
+
+
+@pytest.mark.parametrize("arguments", [["study", "--help"], ["train", "--help"]], ids=" ".join)
 def test_help_says_what_there_is(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)
@@ -235,11 +244,22 @@ def test_help_answers_in_half_a_second() -> None:
     assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 0.5
 
 
-def test_a_missing_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        cli.main(["study", "smoke"])
-    assert end.value.code == 2
-    assert "--out" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["study", "smoke"], "--out"),
+        (["study", "smoke", "--outt", "x"], "--outt"),
+        (["train", "modular-addition", "answer", "--out", "x", "--seed", "many"], "'many'"),
+        (["list", "tasks", "too-much"], "too-much"),
+        ([], "study"),
+    ],
+    ids=["missing", "unknown", "no number", "one too many", "none"],
+)
+def test_wrong_arguments_are_one_line(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("circuits: ") and message.count("\n") == 1
+    assert named in message and "--help" in message
 
 
 def test_ctrl_c_stops_a_study_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:

@@ -1,0 +1,391 @@
+"""The commands of the command line, a function each: their arguments are read off the signatures by tyro."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
+
+from circuits.errors import BadInput, UnknownName
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_Pairs = UseAppendAction[tuple[tuple[str, ...], ...]]
+_TaskParameters = Annotated[_Pairs, arg(name="parameters", aliases=["-p"], metavar="KEY=VALUE ...")]
+_ObjectiveParameters = Annotated[_Pairs, arg(name="objective-parameters", aliases=["-o"], metavar="KEY=VALUE ...")]
+_StageFields = Annotated[_Pairs, arg(name="stage", aliases=["-s"], metavar="KEY=VALUE ...")]
+_ModelFields = Annotated[_Pairs, arg(name="model", aliases=["-m"], metavar="KEY=VALUE ...")]
+_Json = Annotated[bool, arg(name="json")]
+_Number = Annotated[int | None, arg(metavar="N")]
+
+
+def study(
+    preset: Annotated[Positional[str], arg(metavar="PRESET|FILE.toml")],
+    /,
+    *,
+    out: Path,
+    workers: _Number = None,
+    shard: Annotated[str | None, arg(metavar="I/N")] = None,
+    as_json: _Json = False,
+) -> int:
+    """Train and analyse a grid of tasks, recipes and seeds, and write its table and report.
+
+    Running it again goes on where it stopped: finished runs are skipped, an unfinished one resumes.
+
+    Args:
+        preset: a preset (`circuits list presets`) or a TOML file of your own.
+        out: directory for the runs, results.parquet and report.html.
+        workers: processes at a time (default: the number of cores).
+        shard: do only part I of N (from 1), for job arrays on one shared directory.
+        as_json: print the table as JSON on standard output.
+    """
+    from circuits.study import executor, read_toml
+
+    read_toml(preset)  # a wrong name fails before anything is loaded
+    executor.prepare()  # the workers' torch loads while this process loads its own
+    from circuits.study import run
+
+    result = run(preset, out=out, workers=workers, shard=shard)
+    report = result.report
+    table = result.table
+    if as_json:
+        _print_json({"report": str(report), "runs": _records(table)})
+    else:
+        from circuits.study.tables import summary
+
+        frame = summary(table)
+        print(_text(frame[["cell", "recipe", "verdict", "seeds", "accuracy", "accuracy_block"]]))
+        print(f"\nreport: {report}\ntable:  {result.path / 'results.parquet'}")
+    failed = table[table["status"] == "failed"]
+    if len(failed):
+        print(
+            f"circuits: {len(failed)} of {len(table)} runs failed ({', '.join(failed['run_id'])}): "
+            f"see {result.path / 'logs'}; the same command tries them again",
+            file=sys.stderr,
+        )
+    return 1 if len(failed) else 0
+
+
+def train(
+    task: Annotated[Positional[str], arg(metavar="TASK")],
+    objective: Annotated[Positional[str], arg(metavar="OBJECTIVE")],
+    /,
+    *,
+    out: Path,
+    seed: int = 0,
+    parameters: _TaskParameters = (),
+    objective_parameters: _ObjectiveParameters = (),
+    stage: _StageFields = (),
+    model: _ModelFields = (),
+    resume: Annotated[FlagCreatePairsOff[bool], arg()] = False,
+    as_json: _Json = False,
+) -> int:
+    """Train one network on one task with one objective.
+
+    Args:
+        task: a task's name (`circuits list tasks`).
+        objective: an objective's name (`circuits list objectives`).
+        out: directory of the run.
+        seed: seed of initial weights and batches.
+        parameters: the task's parameters, such as p=53 block=8.
+        objective_parameters: the objective's parameters, such as reward=random.
+        stage: the budget, such as steps=500 weight_decay=1.0 learning_rate=0.01.
+        model: differences from the task's default model, such as n_layers=2.
+        resume: go on with an unfinished run in the same directory.
+        as_json: print the last metrics as JSON on standard output.
+    """
+    import circuits
+
+    toml = {
+        "task": {"name": task, **_pairs(parameters)},
+        "objective": {"name": objective, **_pairs(objective_parameters)},
+        "stage": _pairs(stage),
+        "model": _pairs(model),
+    }
+    from circuits.study.grid import single
+
+    _one_thread()
+    built, recipe, config = single(toml, where="circuits train")
+    run = circuits.train(built, recipe, seed=seed, out=out, model=config, resume=resume)
+    last = {key: value for key, value in _records(run.metrics.tail(1))[0].items() if value is not None}
+    if as_json:
+        _print_json({"run": str(out), "id": run.id, "metrics": last})
+    else:
+        print(
+            "  ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in last.items()
+            )
+        )
+        print(f"run: {out}")
+    return 0
+
+
+def discover(
+    run: Annotated[Positional[Path], arg(metavar="RUN_DIR")],
+    /,
+    *,
+    method: str = "eap-ig-inputs",
+    pairs: Annotated[int, arg(metavar="N")] = 256,
+    change: str | None = None,
+    seed: int = 0,
+    top: Annotated[int, arg(metavar="N")] = 15,
+    out: Path | None = None,
+    as_json: _Json = False,
+) -> int:
+    """Find which edges of a trained network matter, and how faithful the top of them is.
+
+    Args:
+        run: directory of a finished run.
+        method: a discovery method (`circuits list methods`).
+        pairs: number of clean and corrupt input pairs.
+        change: the variable that the pairs change (default: the task's).
+        seed: seed of the pairs.
+        top: number of edges to print.
+        out: directory to save the circuit in.
+        as_json: print edges and faithfulness as JSON on standard output.
+    """
+    from circuits import discovery
+    from circuits.runs import Run
+
+    _one_thread()
+    loaded = Run.load(run)
+    examples = loaded.task.pairs(pairs, seed=seed, change=change)
+    circuit = discovery.attribute(loaded.model, examples, method=method)
+    faithful = discovery.faithfulness(loaded.model, circuit, examples)
+    if out is not None:
+        circuit.save(out)
+    edges = circuit.to_frame().head(top)
+    if as_json:
+        _print_json({"cpr": faithful.cpr, "cmd": faithful.cmd, "edges": _records(edges)})
+    else:
+        print(_text(edges))
+        print(f"\nCPR {faithful.cpr:.3f}   CMD {faithful.cmd:.3f}   ({method}, {len(examples)} pairs)")
+    return 0
+
+
+def explain(
+    run: Annotated[Positional[Path], arg(metavar="RUN_DIR")],
+    /,
+    *,
+    seed: int = 0,
+    out: Path | None = None,
+    as_json: _Json = False,
+) -> int:
+    """Say which mechanism a trained network learned, with the evidence.
+
+    Args:
+        run: directory of a finished run.
+        seed: seed of the tests' random draws.
+        out: directory to save verdict.json in.
+        as_json: print the verdict as JSON on standard output.
+    """
+    from circuits import mechanisms
+    from circuits.runs import Run
+
+    _one_thread()
+    loaded = Run.load(run)
+    verdict = mechanisms.explain(loaded.model, loaded.task, seed=seed, progress=sys.stderr.isatty())
+    if out is not None:
+        verdict.save(out)
+    if as_json:
+        _print_json(verdict.to_json())
+    else:
+        print(f"{verdict.label}" + (f" ({verdict.mechanism})" if verdict.mechanism else ""))
+        print(f"{verdict.why}\n")
+        print(_text(verdict.to_frame()[["value", "low", "high", "control", "threshold", "passed"]].reset_index()))
+    return 0
+
+
+def report(
+    study_dir: Annotated[Positional[Path], arg(metavar="STUDY_DIR")],
+    /,
+    *,
+    csv: Path | None = None,
+    latex: Path | None = None,
+) -> int:
+    """Write a study's table and report again from what is on disk.
+
+    Args:
+        study_dir: directory of a study.
+        csv: also write the table of all runs to this file.
+        latex: also write the summary over seeds to this file.
+    """
+    from circuits.study import Study
+
+    loaded = Study.load(study_dir).rebuild()
+    if csv is not None:
+        loaded.to_csv(csv)
+    if latex is not None:
+        loaded.to_latex(latex)
+    print(loaded.report)
+    return 0
+
+
+KINDS = ("tasks", "objectives", "methods", "tests", "presets", "references", "known-circuits")
+
+
+def list_names(
+    kind: Annotated[Positional[str | None], arg(metavar="KIND")] = None,
+    /,
+    *,
+    as_json: _Json = False,
+) -> int:
+    """Show what there is, a line each: tasks, objectives, methods, tests, presets, models, known circuits.
+
+    Args:
+        kind: one of tasks, objectives, methods, tests, presets, references, known-circuits (default: all of them).
+        as_json: print them as JSON on standard output.
+    """
+    if kind is not None and kind not in KINDS:
+        raise UnknownName("kind", kind, KINDS)
+    listed = {name: _entries(name) for name in ([kind] if kind else KINDS)}
+    if as_json:
+        _print_json(listed)
+        return 0
+    for name, entries in listed.items():
+        print(name)
+        width = max(map(len, entries), default=0)
+        for entry, line in entries.items():
+            print(f"  {entry:<{width}}  {line}")
+    return 0
+
+
+def bench(
+    subject: Annotated[Positional[str], arg(metavar="discovery")],
+    /,
+    *,
+    out: Path,
+    circuits: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = (),
+    methods: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = (),
+    pairs: Annotated[int, arg(metavar="N")] = 64,
+    seeds: Annotated[tuple[int, ...], arg(metavar="N ...")] = (0, 1, 2),
+    as_json: _Json = False,
+) -> int:
+    """Hold discovery methods to models whose circuit is known: accuracy, faithfulness, stability, cost.
+
+    Running it again goes on where it stopped.
+
+    Args:
+        subject: what to compare: discovery.
+        out: directory for discovery.parquet and discovery.csv.
+        circuits: known circuits (default: all; `circuits list known-circuits`).
+        methods: discovery methods (default: all; `circuits list methods`).
+        pairs: number of clean and corrupt input pairs.
+        seeds: seeds of the pairs and of the methods that draw, a row each.
+        as_json: print the table, one row per circuit, method and seed, as JSON on standard output.
+    """
+    if subject != "discovery":
+        raise UnknownName("subject of a bench", subject, ("discovery",))
+    from circuits.study.discovery_bench import run_bench
+
+    _one_thread()
+    found = run_bench(out, circuits=circuits or None, methods=methods or None, n_pairs=pairs, seeds=seeds)
+    if as_json:
+        _print_json(_records(found.table))
+    else:
+        print(_text(found.summary()))
+        if "exact" in set(found.table["method"]):
+            print(f"\naverage precision, exact patching less each other method:\n{_text(found.differences())}")
+        print(f"\ntable: {found.path / 'discovery.parquet'}")
+    return 0
+
+
+def calibrate(
+    *,
+    out: Path,
+    families: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = (),
+    seeds: int = 5,
+    workers: int | None = None,
+    as_json: _Json = False,
+) -> int:
+    """Judge models that were built to have a known mechanism, and say how often the verdict is right.
+
+    Running it again goes on where it stopped.
+
+    Args:
+        out: directory for calibration.parquet, calibration.csv and report.html.
+        families: families of built models (default: all; `circuits list references`).
+        seeds: how many seeds of every family and size.
+        workers: processes at a time (default: the number of cores).
+        as_json: print the table, one row per model, as JSON on standard output.
+    """
+    from circuits.study.calibration import calibrate as judge
+
+    found = judge(out, families=families or None, seeds=seeds, workers=workers)
+    if as_json:
+        _print_json(_records(found.table))
+    else:
+        print(_text(found.summary()), found.confusion().to_string(), _text(found.left_out()), sep="\n\n")
+        print(f"\ntable:  {found.path / 'calibration.parquet'}\nreport: {found.report}")
+    return 0
+
+
+_TABLES = {
+    "references": ("reference", "REFERENCES"),
+    "tasks": ("tasks", "TASKS"),
+    "objectives": ("objectives", "OBJECTIVES"),
+    "methods": ("discovery", "METHODS"),
+    "tests": ("mechanisms", "TESTS"),
+}
+
+
+def _one_thread() -> None:
+    """Keep torch to one thread: on networks this small more of them wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _entries(kind: str) -> Mapping[str, str]:
+    if kind == "known-circuits":
+        from circuits.reference.known_circuits import KNOWN_CIRCUITS, describe
+
+        return {name: describe(name) for name in KNOWN_CIRCUITS}
+    if kind == "presets":
+        from circuits.study import PRESETS
+
+        return {name: tomllib.loads(path.read_text(encoding="utf-8"))["title"] for name, path in PRESETS.items()}
+    module, table = _TABLES[kind]
+    found: Mapping[str, object] = getattr(importlib.import_module(f"circuits.{module}"), table)
+    return {name: _first_line(thing) for name, thing in found.items()}
+
+
+def _first_line(thing: object) -> str:
+    return (thing.__doc__ or "").strip().split("\n")[0]
+
+
+def _pairs(groups: Iterable[Iterable[str]]) -> dict[str, Any]:
+    """``p=53 name=x`` as a mapping, values read as TOML and else as text."""
+    values: dict[str, Any] = {}
+    for text in (text for group in groups for text in group):
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise BadInput(f"{text!r}: expected KEY=VALUE, such as p=53")
+        if key in values:
+            raise BadInput(f"{key} is given twice: {values[key]!r} and {value!r}")
+        try:
+            values[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            values[key] = value
+    return values
+
+
+def _text(frame: pd.DataFrame) -> str:
+    numbers = {name: f"{{:.{3}f}}".format for name in frame.select_dtypes("number") if frame[name].dtype.kind == "f"}
+    columns: Any = numbers
+    return frame.to_string(index=False, formatters=columns, na_rep="-", max_colwidth=70)
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return json.loads(frame.to_json(orient="records"))
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=1, allow_nan=False))

@@ -14,6 +14,7 @@ import tyro
 from circuits.errors import BadInput
 
 _ASIDES = ("For full helptext", "Argument helptext", "circuits ")
+"""How the lines of tyro's box begin that say where to read more; the last one stands alone under the first."""
 
 
 def parse(
@@ -54,6 +55,6 @@ def _ready(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
 def _one_line(box: str, command: str) -> str:
     """What stands in tyro's box, without its frame, title and asides, and where to read more."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [line.strip("│ ") for line in plain.splitlines() if line.startswith("│")]
-    words = [line for line in lines if line.strip("─ ") and not line.startswith(_ASIDES)]
+    lines = [line.strip("╭╮╰╯│|+ ─") for line in plain.splitlines()]
+    _title, *words = [line for line in lines if line.strip("- ") and not line.startswith(_ASIDES)] or [""]
     return f"{' '.join(words)}: see circuits {command + ' ' if command else ''}--help"

@@ -289,7 +289,7 @@ def bench(
         subject: what to compare: discovery.
         out: directory for discovery.parquet and discovery.csv.
         circuits: known circuits (default: all; `circuits list known-circuits`).
-        methods: discovery methods (default: all; `circuits list methods`).
+        methods: discovery methods (`circuits list methods`; eap+gim is eap under GIM rules; default: all).
         pairs: number of clean and corrupt input pairs.
         seeds: seeds of the pairs and of the methods that draw, a row each.
         as_json: print the table, one row per circuit, method and seed, as JSON on standard output.
@@ -303,9 +303,11 @@ def bench(
     if as_json:
         _print_json(_records(found.table))
     else:
-        print(_text(found.summary()))
+        print(found.shown().to_string(index=False))
+        print("\nmeans over circuits, with 95 % bootstrap intervals over circuits")
         if "exact" in set(found.table["method"]):
-            print(f"\naverage precision, exact patching less each other method:\n{_text(found.differences())}")
+            ahead = found.differences().to_string(index=False, float_format="{:.2f}".format)
+            print(f"\naverage precision, exact patching less each other method:\n{ahead}")
         print(f"\ntable: {found.path / 'discovery.parquet'}")
     return 0
 

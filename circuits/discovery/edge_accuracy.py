@@ -12,6 +12,7 @@ from torch import Tensor
 
 from circuits._stats import resampling_counts
 from circuits.discovery.circuit import Circuit
+from circuits.discovery.graph import component
 from circuits.errors import BadInput
 
 
@@ -50,7 +51,8 @@ def edge_accuracy(
     Args:
         circuit: Scores of a model whose true edges are known.
         truth: The true edges as (source, reader).
-        components: Whether to merge a head's q, k and v into the head first, the largest score standing for them.
+        components: Whether to merge a head's q, k and v into the head, and an MLP's neurons into the MLP, first; the
+            largest score stands for them.
         resamples: Bootstrap resamples of the pairs.
         seed: Of the resamples.
 
@@ -91,10 +93,10 @@ def edge_accuracy(
 
 
 def _groups(circuit: Circuit) -> Tensor:
-    """The number of each edge's pair of components, where q, k and v of a head are one."""
+    """The number of each edge's pair of components, where q, k and v of a head, and an MLP's neurons, are one."""
     names: dict[tuple[str, str], int] = {}
     merged = (
-        (source, reader.rsplit(".", 1)[0]) if reader[-2:] in (".q", ".k", ".v") else (source, reader)
+        (component(source), reader.rsplit(".", 1)[0] if reader[-2:] in (".q", ".k", ".v") else reader)
         for source, reader in circuit.graph.edges
     )
     return torch.tensor([names.setdefault(pair, len(names)) for pair in merged])

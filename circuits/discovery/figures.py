@@ -218,7 +218,8 @@ def draw_faithfulness(result: Faithfulness, *, log: bool = False) -> go.Figure:
     figure.update_layout(
         template="circuits",
         title=f"Faithfulness: CPR {result.cpr:.2f}, CMD {result.cmd:.2f}"
-        f"<br><sup>{result.method}, {result.ablation} ablation, {result.n_pairs} pairs</sup>",
+        f"<br><sup>{result.method}, {result.ablation} ablation, {result.n_pairs} pairs, "
+        f"{result.sizes}</sup>",
         xaxis={"title": f"edges kept (share of {result.n_edges:,})"}
         | ({"type": "log", "range": [log10(smallest), 0.02]} if log else {"range": [0, 1.01]}),
         # Intervals may be as wide as they like; the curve decides what is shown.

@@ -159,7 +159,7 @@ def discover(
         method: a discovery method (`circuits list methods`).
         pairs: number of clean and corrupt input pairs.
         change: the variable that the pairs change (default: the task's).
-        seed: seed of the pairs.
+        seed: seed of the pairs; those that measure how faithful the circuit is have the next one.
         top: number of edges to print.
         out: directory to save the circuit in.
         as_json: print edges and faithfulness as JSON on standard output.
@@ -171,7 +171,8 @@ def discover(
     loaded = Run.load(run)
     examples = loaded.task.pairs(pairs, seed=seed, change=change)
     circuit = discovery.attribute(loaded.model, examples, method=method)
-    faithful = discovery.faithfulness(loaded.model, circuit, examples)
+    others = loaded.task.pairs(pairs, seed=seed + 1, change=change)  # that had no say in the scores
+    faithful = discovery.faithfulness(loaded.model, circuit, others, progress=sys.stderr.isatty())
     if out is not None:
         circuit.save(out)
     edges = circuit.to_frame().head(top)
@@ -179,7 +180,8 @@ def discover(
         _print_json({"cpr": faithful.cpr, "cmd": faithful.cmd, "edges": _records(edges)})
     else:
         print(_text(edges))
-        print(f"\nCPR {faithful.cpr:.3f}   CMD {faithful.cmd:.3f}   ({method}, {len(examples)} pairs)")
+        about = f"{method}, on {len(others)} other pairs, {faithful.sizes}"
+        print(f"\nCPR {faithful.cpr:.3f}   CMD {faithful.cmd:.3f}   ({about})")
     return 0
 
 
@@ -241,7 +243,7 @@ def report(
     return 0
 
 
-KINDS = ("tasks", "objectives", "methods", "tests", "presets", "references", "known-circuits")
+KINDS = ("tasks", "objectives", "methods", "analyses", "tests", "presets", "references", "known-circuits")
 
 
 def list_names(
@@ -250,10 +252,10 @@ def list_names(
     *,
     as_json: _Json = False,
 ) -> int:
-    """Show what there is: tasks, objectives, methods, tests, presets, reference models and known circuits, a line each.
+    """Show what there is: tasks, objectives, discovery methods, analyses of circuits, mechanism tests and so on.
 
     Args:
-        kind: one of tasks, objectives, methods, tests, presets, references, known-circuits (default: all of them).
+        kind: one of tasks, objectives, methods, analyses, tests, presets, references, known-circuits (default: all).
         as_json: print them as JSON on standard output.
     """
     if kind is not None and kind not in KINDS:
@@ -389,6 +391,7 @@ _TABLES = {
     "tasks": ("tasks", "TASKS"),
     "objectives": ("objectives", "OBJECTIVES"),
     "methods": ("discovery", "METHODS"),
+    "analyses": ("discovery", "ANALYSES"),
     "tests": ("mechanisms", "TESTS"),
 }
 

@@ -35,6 +35,7 @@ def test_top_threshold_and_pruned_keep_what_they_say() -> None:
     cut = float(sizes.median())
     assert torch.equal(circuit.threshold(cut).kept, sizes >= cut)
     assert torch.equal(top.pruned().kept, circuit.graph.connected(top.kept))
+    assert torch.equal(top.pruned().scores, circuit.scores) and top.pruned().per_example is circuit.per_example
     assert circuit.n_kept == circuit.graph.n_edges and circuit.top(0).edges == ()
     with pytest.raises(BadInput, match="n = 62: expected 0 to 61"):
         circuit.top(62)
@@ -218,7 +219,7 @@ def test_the_curves_figure_shows_both_rankings_the_control_and_the_areas() -> No
     result = faithfulness(model, eap(model, pairs), pairs)
     figure = result.figure()
     names = {trace.name for trace in figure.data if trace.name}
-    assert names == {"ranked by signed score (CPR)", "ranked by size (CMD)", "random circuits, 8 draws"}
+    assert names == {"ranked by signed score (CPR)", "ranked by size (CMD)", "random circuits, 8 draws", "whole model"}
     assert f"CPR {result.cpr:.2f}" in figure.layout.title.text
     assert "share of 46" in figure.layout.xaxis.title.text and "recovered" in figure.layout.yaxis.title.text
 

@@ -79,9 +79,6 @@ def completeness(
     greedily: of ``greedy_candidates`` random edges that one is added which raises the incompleteness most. Last, K
     is the whole circuit: how much of the metric the complement still gives.
 
-    It costs two forwards for each knock-out, and 2 x ``greedy_candidates`` for each edge of the greedy subset; no
-    backward.
-
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
         circuit: The edges to test.
@@ -93,6 +90,12 @@ def completeness(
         greedy_candidates: Edges that are tried at each greedy step.
         seed: Of the subsets.
         progress: Whether to show a bar.
+
+    Cost: two forwards for the scale, two for each knock-out, and 2 x ``greedy_candidates`` for each edge of the greedy
+        subset. No backward.
+
+    Conventions: distances are shares of the gap between the model and the model with every edge ablated; 0 is complete.
+        Edges are knocked out, where the paper knocks out nodes.
 
     Source: Wang et al. 2022, Interpretability in the Wild, arXiv 2211.00593, section 4 (completeness; there of nodes).
 
@@ -148,8 +151,7 @@ def minimality(
     """Return what knocking each edge out of the circuit does to it, the least first.
 
     ``effect`` is (m(C without the edge) - m(C)) / abs(m(M) - m(no edge)), with the 95 % bootstrap interval over
-    pairs, ``low`` and ``high``. An edge whose interval holds zero is not shown to be needed. Below zero the edge
-    supports the answer. It costs a forward for every edge of the circuit; no backward.
+    pairs, ``low`` and ``high``. An edge whose interval holds zero is not shown to be needed.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -159,6 +161,11 @@ def minimality(
         ablation: What an ablated edge carries: see ``ablated_metric``.
         seed: Of the bootstrap.
         progress: Whether to show a bar.
+
+    Cost: three forwards, and one for each edge of the circuit. No backward.
+
+    Conventions: below zero the circuit needs the edge for the answer under ``logit_difference``. The context is the
+        whole circuit, and no search for a better one.
 
     Source: Wang et al. 2022, arXiv 2211.00593, section 4 (minimality; there of nodes, with the best context K).
 

@@ -46,7 +46,9 @@ def edge_accuracy(
 ) -> EdgeAccuracy:
     """Return how well the size of a score tells the true edges from all others.
 
-    Ties count half in the ROC curve. All edges of the graph count, whichever the circuit keeps.
+    AUROC = P(a true edge's score is larger than another edge's) + P(they are equal) / 2. Average precision = the sum
+    over ranks k of (recall at k - recall at k - 1) x precision at k. All edges of the graph count, whichever the
+    circuit keeps.
 
     Args:
         circuit: Scores of a model whose true edges are known.
@@ -55,6 +57,11 @@ def edge_accuracy(
             largest score stands for them.
         resamples: Bootstrap resamples of the pairs.
         seed: Of the resamples.
+
+    Cost: no forward and no backward: the scores are there.
+
+    Conventions: the size of the score ranks, whatever its sign; ties count half in the area under the ROC curve. The
+        intervals are over pairs, with the truth held.
 
     Source: Gupta et al. 2024, InterpBench, arXiv 2407.14494 (edges of known circuits, components merged);
         scikit-learn's ``roc_auc_score`` and ``average_precision_score``.

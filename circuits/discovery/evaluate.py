@@ -121,17 +121,6 @@ def faithfulness(
     importance is the score's size; 0 is best. Areas are by trapezoids. All edges of the graph are ranked, whichever the
     circuit keeps.
 
-    As in the benchmark's graph, edges from a position embedding are not counted among the E, not ranked, and kept in
-    every circuit, and a path starts at the token embedding: a corrupt input has the same positions, so that there is
-    nothing to ablate. With ``MIB_SHARES`` and ``corrupt`` or ``mean`` ablation CPR and CMD are the benchmark's, but in
-    models whose query heads share keys: there the benchmark has an edge for each of the query heads, this graph one.
-
-    The control are circuits of random edges, as many as the nominal size says and all of them on paths, so that no
-    circuit is compared with a smaller one.
-
-    It costs a forward per size and ranking, about a fifth of that where every size is asked for: then only what the
-    one edge between two sizes reaches is computed. No backward.
-
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
         circuit: Scores of the edges of this model's graph.
@@ -147,6 +136,17 @@ def faithfulness(
         n_random: Circuits of random edges that are evaluated alike, as the control, at nine of the sizes; at least two.
         seed: Of the random circuits and of the bootstrap over pairs.
         progress: Whether to show a bar.
+
+    Cost: two forwards, and one per size and ranking and per random circuit; about a fifth of a forward per size where
+        every size is asked for, since then only what the one edge between two sizes reaches is computed. No backward.
+
+    Conventions: as in the benchmark's graph, edges from a position embedding are not counted among the E edges, not
+        ranked, and kept in every circuit, and a path starts at the token embedding: a corrupt input has the same
+        positions, so that there is nothing to ablate. With ``MIB_SHARES`` CPR and CMD are the benchmark's, with one
+        exception: where query heads share keys, the benchmark has an edge for each of the query heads and this graph
+        one for all of them. The size on the axis is the nominal one; pruning leaves fewer edges (``n_connected``).
+        Random circuits have as many edges as the nominal size says, all of them on paths, so that no circuit is
+        compared with a smaller one.
 
     Source: Mueller et al. 2025, MIB: A Mechanistic Interpretability Benchmark, arXiv 2504.13151 (circuit
         localization track), and its released code (hannamw/MIB-circuit-track, ``evaluate_area_under_curve``).

@@ -109,8 +109,6 @@ def hypothesis_tests(
     difference as the statistic of the equivalence test; this follows the paper. All p-values, of every test and of
     every edge, are Holm-adjusted together.
 
-    It costs 4 x ``n_random`` forwards, one for every edge of the circuit, and three; no backward.
-
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
         circuit: The edges to test.
@@ -124,6 +122,11 @@ def hypothesis_tests(
         level: Family-wise error rate.
         seed: Of random circuits and permutations.
         progress: Whether to show a bar.
+
+    Cost: 4 x ``n_random`` forwards, one for every edge of the circuit, and three. No backward.
+
+    Conventions: a good circuit keeps the first three nulls and rejects the last two. All p-values, of the tests and of
+        every edge, are Holm-adjusted as one family.
 
     Source: Shi et al. 2024, Hypothesis Testing the Circuit Hypothesis in LLMs, arXiv 2410.13032, sections 3 and 4;
         Gretton et al. 2007 (independence criterion); Holm 1979 (correction).

@@ -67,8 +67,9 @@ def random_circuits(
 ) -> Bool[Tensor, "circuit edge"]:
     """Return circuits of ``n_edges`` edges that are unions of random paths from an embedding to the logits.
 
-    Paths are added as long as one that fits is found; edges between parts that are in the circuit already fill what is
-    left. No edge is on no path. A circuit stays short of ``n_edges`` only where ``without`` leaves no other choice.
+    The circuit is C = P_1 | P_2 | ... with abs(C) = ``n_edges``: paths are added as long as one that fits is found, and
+    edges between parts that are in the circuit already fill what is left. A circuit stays short of ``n_edges`` only
+    where ``without`` leaves no other choice.
 
     Args:
         graph: The graph.
@@ -77,8 +78,16 @@ def random_circuits(
         seed: Of the draw.
         without: Edges that may not be used.
 
+    Cost: no forward and no backward.
+
+    Conventions: sizes count edges, and every edge is on a path; paths are drawn from the logits backwards, each step
+        with equal probability.
+
     Source: Shi et al. 2024, arXiv 2410.13032, section 4 (the reference distribution of random circuits); the filling
         up to the very size is our own.
+
+    Fails when: every path crosses a bottleneck that the true circuit uses too: random circuits are then as good as it,
+        and no baseline.
 
     Raises:
         BadInput: ``n_edges`` is negative or exceeds the number of edges.

@@ -19,6 +19,11 @@ from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
 
 
+SUMMED = ("corrupt", "mean")
+"""Ablations that leave a stream of its usual size. What thousands of changes leave of one that is ablated to nothing is
+rounding, which a norm blows up."""
+
+
 class NestedRun(PartialRun):
     """Some pairs' run of a model from which edges are removed in any order."""
 
@@ -78,7 +83,8 @@ def nested_metric(
     """Return the metric of every pair in the model that keeps only some edges, for sets of which each holds the next.
 
     As ``ablated_metric``, but from set to set only what the lost edges reach is computed again, part by part, which
-    takes about a fifth of a forward where sets differ by an edge. None where the model cannot be taken apart.
+    takes about a fifth of a forward where sets differ by an edge. None where the model cannot be taken apart, in half
+    precision, and for other ablations than ``corrupt`` and ``mean``: changes are summed up, and there rounding tells.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -96,11 +102,14 @@ def nested_metric(
         UnknownName: no such ablation.
         UnsupportedModel: the model has a part that edges cannot represent.
     """
+    if ablation not in SUMMED:
+        return None
     if bool((keep[1:] & ~keep[:-1]).any()):
         raise BadInput("the sets are not nested: expected each to hold the next")
     with torch.no_grad():
         setting = setting_of(model, pairs, metric, ablation=ablation, denoising=False, batch_size=None)
-        if setting.blocks is None:
+        # In half precision thousands of small changes to one sum would add up to more than they are.
+        if setting.blocks is None or setting.sites.layers[0].W_O.dtype not in (torch.float32, torch.float64):
             return None
         graph = setting.sites.graph
         source, reader = (ends.numpy() for ends in graph.ends())

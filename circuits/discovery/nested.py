@@ -18,7 +18,6 @@ from circuits.errors import BadInput
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
 
-
 SUMMED = ("corrupt", "mean")
 """Ablations that leave a stream of its usual size. What thousands of changes leave of one that is ablated to nothing is
 rounding, which a norm blows up."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits._stats import resampling_counts
@@ -64,7 +64,8 @@ def edge_accuracy(
         intervals are over pairs, with the truth held.
 
     Source: Gupta et al. 2024, InterpBench, arXiv 2407.14494 (edges of known circuits, components merged);
-        scikit-learn's ``roc_auc_score`` and ``average_precision_score``.
+        Mann and Whitney 1947 (the area under the ROC curve as a sum of ranks). The numbers are those of scikit-learn's
+        ``roc_auc_score`` and ``average_precision_score``.
 
     Fails when: the corrupt inputs leave a true edge's value as it is: no method can find it then, so give the edges
     that are active under these pairs as ``truth``, besides those of the program.
@@ -72,8 +73,6 @@ def edge_accuracy(
     Raises:
         BadInput: one of the true edges is not of this graph, or none or all edges are true.
     """
-    from sklearn.metrics import average_precision_score, roc_auc_score
-
     is_true = circuit.graph.mask(truth)
     if not 0 < int(is_true.sum()) < circuit.graph.n_edges:
         raise BadInput(f"{int(is_true.sum())} of {circuit.graph.n_edges} edges are true: expected some but not all")
@@ -87,8 +86,7 @@ def edge_accuracy(
         counts = torch.from_numpy(resampling_counts(len(per_pair), seed=seed, resamples=resamples)).double()
         scores = torch.cat([scores, counts @ per_pair.double().cpu() / len(per_pair)])
     importance = np.asarray(_merge(scores.abs(), groups))
-    auroc = np.array([roc_auc_score(truth_of, row) for row in importance])
-    precision = np.array([average_precision_score(truth_of, row) for row in importance])
+    auroc, precision = areas(importance, truth_of)
     return EdgeAccuracy(
         float(auroc[0]),
         None if per_pair is None else _span(auroc[1:]),
@@ -97,6 +95,26 @@ def edge_accuracy(
         int(truth_of.sum()),
         len(truth_of),
     )
+
+
+def areas(
+    scores: Float[np.ndarray, "row item"], true: Bool[np.ndarray, " item"]
+) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
+    """Return the area under the ROC curve and the average precision of each row of scores, all rows at once.
+
+    At a true item's score, precision is its rank among the true ones, counted from above with ties last, over its
+    rank among all; the average over true items is the average precision.
+
+    Source: as ``edge_accuracy``; by scipy.stats.rankdata, since scikit-learn's functions take one row at a time, at a
+        hundred times the cost for graphs of a hundred edges.
+    """
+    from scipy.stats import rankdata
+
+    n_true, n_other = int(true.sum()), int((~true).sum())
+    below = rankdata(scores, axis=1)[:, true].sum(1) - n_true * (n_true + 1) / 2
+    among_true = rankdata(-scores[:, true], method="max", axis=1)
+    among_all = rankdata(-scores, method="max", axis=1)[:, true]
+    return below / (n_true * n_other), (among_true / among_all).mean(1)
 
 
 def _groups(circuit: Circuit) -> Tensor:

@@ -190,14 +190,14 @@ def faithfulness(
 def _table(
     model: HookedModel,
     pairs: Pairs,
-    kept: Sequence[Bool[Tensor, "set edge"]],
+    kept: Sequence[Bool[Tensor, "_ edge"]],
     metric: Metric,
     *,
     nested: bool,
     ablation: str | Mapping[str, Tensor],
     neurons: bool,
     progress: bool,
-) -> Float[np.ndarray, "set pair"]:
+) -> Float[np.ndarray, "row pair"]:
     """The metric of every pair in every set; the second and third group may be nested, each set in the next."""
     found: dict[int, Tensor] = {}
     for i in (1, 2) if nested and not neurons else ():

@@ -200,7 +200,7 @@ def _fill(
             return
 
 
-def _between(graph: Graph, kept: Bool[Tensor, " edge"], allowed: Bool[Tensor, " edge"]) -> Int[Tensor, " edge"]:
+def _between(graph: Graph, kept: Bool[Tensor, " edge"], allowed: Bool[Tensor, " edge"]) -> Int[Tensor, " _"]:
     """The edges that are on a path as soon as they are added: from a part of the circuit to another."""
     source, reader = graph.ends()
     reads = _ways(graph).reads

@@ -146,7 +146,7 @@ def discover(
         method: a discovery method (`circuits list methods`).
         pairs: number of clean and corrupt input pairs.
         change: the variable that the pairs change (default: the task's).
-        seed: seed of the pairs.
+        seed: seed of the pairs; those that measure how faithful the circuit is have the next one.
         top: number of edges to print.
         out: directory to save the circuit in.
         as_json: print edges and faithfulness as JSON on standard output.
@@ -158,7 +158,8 @@ def discover(
     loaded = Run.load(run)
     examples = loaded.task.pairs(pairs, seed=seed, change=change)
     circuit = discovery.attribute(loaded.model, examples, method=method)
-    faithful = discovery.faithfulness(loaded.model, circuit, examples)
+    others = loaded.task.pairs(pairs, seed=seed + 1, change=change)  # that had no say in the scores
+    faithful = discovery.faithfulness(loaded.model, circuit, others, progress=sys.stderr.isatty())
     if out is not None:
         circuit.save(out)
     edges = circuit.to_frame().head(top)
@@ -166,7 +167,8 @@ def discover(
         _print_json({"cpr": faithful.cpr, "cmd": faithful.cmd, "edges": _records(edges)})
     else:
         print(_text(edges))
-        print(f"\nCPR {faithful.cpr:.3f}   CMD {faithful.cmd:.3f}   ({method}, {len(examples)} pairs)")
+        about = f"{method}, on {len(others)} other pairs, {faithful.sizes}"
+        print(f"\nCPR {faithful.cpr:.3f}   CMD {faithful.cmd:.3f}   ({about})")
     return 0
 
 
@@ -228,7 +230,7 @@ def report(
     return 0
 
 
-KINDS = ("tasks", "objectives", "methods", "tests", "presets", "references", "known-circuits")
+KINDS = ("tasks", "objectives", "methods", "analyses", "tests", "presets", "references", "known-circuits")
 
 
 def list_names(
@@ -240,7 +242,7 @@ def list_names(
     """Show what there is, a line each: tasks, objectives, methods, tests, presets, models, known circuits.
 
     Args:
-        kind: one of tasks, objectives, methods, tests, presets, references, known-circuits (default: all of them).
+        kind: one of tasks, objectives, methods, analyses, tests, presets, references, known-circuits (default: all).
         as_json: print them as JSON on standard output.
     """
     if kind is not None and kind not in KINDS:
@@ -276,7 +278,7 @@ def bench(
         subject: what to compare: discovery.
         out: directory for discovery.parquet and discovery.csv.
         circuits: known circuits (default: all; `circuits list known-circuits`).
-        methods: discovery methods (default: all; `circuits list methods`).
+        methods: discovery methods (`circuits list methods`; eap+gim is eap under GIM rules; default: all).
         pairs: number of clean and corrupt input pairs.
         seeds: seeds of the pairs and of the methods that draw, a row each.
         as_json: print the table, one row per circuit, method and seed, as JSON on standard output.
@@ -290,9 +292,11 @@ def bench(
     if as_json:
         _print_json(_records(found.table))
     else:
-        print(_text(found.summary()))
+        print(found.shown().to_string(index=False))
+        print("\nmeans over circuits, with 95 % bootstrap intervals over circuits")
         if "exact" in set(found.table["method"]):
-            print(f"\naverage precision, exact patching less each other method:\n{_text(found.differences())}")
+            ahead = found.differences().to_string(index=False, float_format="{:.2f}".format)
+            print(f"\naverage precision, exact patching less each other method:\n{ahead}")
         print(f"\ntable: {found.path / 'discovery.parquet'}")
     return 0
 
@@ -332,6 +336,7 @@ _TABLES = {
     "tasks": ("tasks", "TASKS"),
     "objectives": ("objectives", "OBJECTIVES"),
     "methods": ("discovery", "METHODS"),
+    "analyses": ("discovery", "ANALYSES"),
     "tests": ("mechanisms", "TESTS"),
 }
 

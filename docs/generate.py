@@ -64,6 +64,15 @@ TABLES = (
         'circuit = cx.discovery.attribute(model, task.pairs(256, seed=1), method="{name}")',
     ),
     Table(
+        "analyses",
+        "Analyses of models and circuits",
+        "Beside the methods that score edges: nodes, paths, places and patterns, rules for gradients, and what says "
+        "how good a circuit is.",
+        discovery,
+        discovery.ANALYSES,
+        "help(cx.discovery.{function})",
+    ),
+    Table(
         "tests",
         "Mechanism tests",
         "A test returns one piece of evidence: a value with its interval, its control and its threshold.",
@@ -113,8 +122,9 @@ def page(name: str, entry: Any, table: Table) -> str:
     directive, option = ("autoclass", "   :no-members:\n") if inspect.isclass(entry) else ("autofunction", "")
     public = hasattr(table.module, entry.__name__)
     path = f"{table.module.__name__ if public else entry.__module__}.{entry.__name__}"
+    usage = table.usage.format(name=name, function=entry.__name__)
     return (
-        f"# {name}\n\n```python\nimport circuits as cx\n\n{table.usage.format(name=name)}\n```\n\n"
+        f"# {name}\n\n```python\nimport circuits as cx\n\n{usage}\n```\n\n"
         f"```{{eval-rst}}\n.. {directive}:: {path}\n   :no-index:\n{option}```\n\n"
         f"Source code: `{entry.__module__.replace('.', '/')}.py`.\n"
     )

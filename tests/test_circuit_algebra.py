@@ -155,15 +155,29 @@ def test_files_and_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         load_mib(tmp_path / "e.json", circuit.graph)
 
 
+def test_circuits_that_the_leaderboard_cannot_hold_are_refused(tmp_path: Path) -> None:
+    model, pairs = build(), some_pairs(2)
+    for circuit, match in (
+        (eap(model, pairs, neurons=True), "sources are neurons"),
+        (eap(model, pairs).merged(), "a0.h0 is read as a whole"),
+    ):
+        with pytest.raises(BadInput, match=match):
+            save_mib(circuit, tmp_path / "c.json", d_model=8)
+        assert not (tmp_path / "c.json").exists()
+    path = save_mib(eap(model, pairs), tmp_path / "whole.json", d_model=8)
+    with pytest.raises(BadInput, match="sources are neurons"):
+        load_mib(path, Graph.from_model(model, neurons=True))
+
+
 def test_every_size_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     model, pairs = build(), some_pairs(4)
     circuit = eap(model, pairs)
     usual = faithfulness(model, circuit, pairs)
-    monkeypatch.setattr("circuits.discovery.evaluate.ALL_SIZES_UP_TO", 10)
+    monkeypatch.setattr("circuits.discovery.evaluate.EVERY_SIZE_UP_TO", 10)
     assert len(faithfulness(model, circuit, pairs).curve) < len(usual.curve)
     every = faithfulness(model, circuit, pairs, shares="every")
     assert every.curve.equals(usual.curve) and every.curve.query("ranking == 'signed'")["n_edges"].tolist() == [
-        *range(62)
+        *range(47)
     ]
     with pytest.raises(BadInput, match="shares = 'all': expected 'every'"):
         faithfulness(model, circuit, pairs, shares="all")

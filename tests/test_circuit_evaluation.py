@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from discovery_models import build, planted, some_pairs
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
 from circuits import discovery
 from circuits.discovery import Circuit, Graph, ablated_metric, eap
+from circuits.discovery.edge_accuracy import areas
 from circuits.discovery.hypothesis_tests import equivalence_p, holm, hsic
 from circuits.discovery.random_circuits import random_circuits, random_path
 from circuits.discovery.stability import jaccard
@@ -36,7 +37,8 @@ def test_random_paths_and_circuits_lead_from_embedding_to_logits(graph: Graph) -
     drawn = random_circuits(graph, 9, 20, seed=1)
     assert torch.equal(drawn, random_circuits(graph, 9, 20, seed=1))
     assert torch.equal(graph.connected(drawn), drawn)
-    assert bool((drawn.sum(1) <= 9).all()) and float(drawn.sum(1).float().mean()) > 7
+    for size in (1, 2, 9, graph.n_edges // 2, graph.n_edges - 1):
+        assert random_circuits(graph, size, 4, seed=size).sum(1).tolist() == [size] * 4
     banned = torch.zeros(graph.n_edges, dtype=torch.bool)
     banned[: graph.n_edges // 2] = True
     assert not bool((random_circuits(graph, 9, 20, seed=1, without=banned) & banned).any())
@@ -222,6 +224,19 @@ def test_jaccard_is_shared_over_either(pairs: list[tuple[bool, bool]]) -> None:
     either = sum(x or y for x, y in pairs)
     expected = sum(x and y for x, y in pairs) / either if either else 1.0
     assert float(jaccard(a, b)) == pytest.approx(expected)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=30), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_areas_are_scikit_learns(items: list[tuple[int, bool]], seed: int) -> None:
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    true = np.array([flag for _, flag in items])
+    assume(0 < true.sum() < len(true))
+    scores = np.array([[float(value) for value, _ in items], np.random.default_rng(seed).normal(size=len(items))])
+    auroc, precision = areas(scores, true)
+    for row, a, p in zip(scores, auroc, precision, strict=True):
+        assert a == pytest.approx(roc_auc_score(true, row)) and p == pytest.approx(average_precision_score(true, row))
 
 
 def test_edge_accuracy_is_the_share_of_rightly_ordered_pairs_of_edges() -> None:

@@ -20,6 +20,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "task": tasks.TASKS,
     "objective": objectives.OBJECTIVES,
     "method": discovery.METHODS,
+    "analysis": discovery.ANALYSES,
     "test": mechanisms.TESTS,
     "reference": reference.REFERENCES,
 }
@@ -40,7 +41,8 @@ def get(kind: str, name: str, **parameters: Any) -> Any:
 def test_names_are_kebab_case_and_come_from_the_code(kind: str, name: str) -> None:
     assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name)
     own = entry(kind, name)
-    assert name == (own.name if inspect.isclass(own) else own.__name__.replace("_", "-"))
+    named = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", own.__name__).lower()
+    assert name == (own.name if inspect.isclass(own) and kind != "analysis" else named.replace("_", "-"))
 
 
 @pytest.mark.parametrize(("kind", "name"), ENTRIES)
@@ -48,8 +50,26 @@ def test_says_what_it_is_and_where_it_is_from(kind: str, name: str) -> None:
     text = inspect.getdoc(entry(kind, name)) or ""
     assert re.search(r"\.$|\.\s|:$", text.splitlines()[0]), "the first line is a sentence"
     assert "Source:" in text
-    if kind in ("method", "test"):
+    if kind in ("method", "analysis", "test"):
         assert "Fails when:" in text
+
+
+FORMULA = re.compile(r"[-+*/|=] ?(m\(|dm/d|abs\(|P\(|E\[|\(|[a-z]_|\||mean|the sum)|\bm\(|P\(|E\[|max\(|dm/d|abs\(")
+PAGED = [p for p in ENTRIES if p.values[0] in ("method", "analysis")]
+
+
+@pytest.mark.parametrize(("kind", "name"), PAGED)
+def test_its_page_has_formula_cost_conventions_source_and_failures(kind: str, name: str) -> None:
+    text = inspect.getdoc(entry(kind, name)) or ""
+    about, *labelled = re.split(r"^(Args|Cost|Conventions|Source|Fails when|Raises): ?", text, flags=re.M)
+    parts = dict(zip(labelled[::2], labelled[1::2], strict=True))
+    assert FORMULA.search(about), "no formula before the arguments"
+    assert "forward" in parts["Cost"] and "backward" in parts["Cost"], "cost in both passes"
+    assert len(parts["Conventions"].split()) >= 8
+    if re.search(r"\bsteps: Points", parts.get("Args", "")):
+        assert re.search(r"\bends?\b", parts["Conventions"]), "which end of the integral is included"
+    assert re.search(r"arXiv|(19|20)\d\d|our own", parts["Source"])
+    assert len(parts["Fails when"].split()) >= 5
 
 
 @pytest.mark.parametrize(("kind", "name"), CONFIGURED)
@@ -161,5 +181,6 @@ def test_the_command_line_lists_every_entry(capsys: pytest.CaptureFixture[str]) 
     assert cli.main(["list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     for kind, table in TABLES.items():
-        assert set(listed[f"{kind}s"]) == set(table)
-        assert all(listed[f"{kind}s"].values()), "an entry has no first line"
+        plural = "analyses" if kind == "analysis" else f"{kind}s"
+        assert set(listed[plural]) == set(table)
+        assert all(listed[plural].values()), "an entry has no first line"

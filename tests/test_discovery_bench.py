@@ -92,6 +92,40 @@ def test_means_are_over_seeds_first_and_differences_are_paired_by_circuit(tmp_pa
         bench.differences("acdc")
 
 
+def test_every_mean_is_shown_with_its_interval(tmp_path: Path) -> None:
+    base = {column: 0.5 for column in SHOWN}
+    rows = [
+        {**base, "circuit": f"program-{name}", "method": method, MAIN: value, "stability": stability}
+        for name, method, value, stability in (
+            ("a", "exact", 1.0, 0.9), ("b", "exact", 0.9, 0.7), ("a", "eap", 0.4, None), ("b", "eap", 0.9, None),
+        )
+    ]  # fmt: skip
+    bench = DiscoveryBench(pd.DataFrame(rows).assign(kind="program", status="done", seed=0), tmp_path)
+    summary = bench.summary().set_index("method")
+    assert summary.loc["exact", "AP, active"] == pytest.approx(0.95)
+    assert (summary.loc["eap", "AP, active low"], summary.loc["eap", "AP, active high"]) == pytest.approx((0.4, 0.9))
+    assert summary.loc["exact", "stability low"] == pytest.approx(0.7) and pd.isna(summary.loc["eap", "stability"])
+    shown = bench.shown().set_index("method")
+    assert shown.loc["eap", "AP, active"] == "0.65 [0.40, 0.90]" and shown.loc["eap", "stability"] == "-"
+    assert shown.loc["exact", "cost (forwards)"] == "0.5" and shown.columns.tolist()[2:] == list(SHOWN.values())
+    row = bench.differences().iloc[0]
+    assert row["better on"] == "a 0.60" and row["better"] == 1
+
+
+def test_gradient_rules_are_rows_of_their_own(tmp_path: Path) -> None:
+    names = ["eap", "eap+gim", "eap+relp"]
+    table = run_bench(tmp_path, circuits=["interchange-sum"], methods=names, n_pairs=8, seeds=[0], progress=False).table
+    assert table["status"].tolist() == ["done"] * 3 and table["method"].tolist() == names
+    known = known_circuits.build("interchange-sum", n_pairs=8)
+    for name, rules in zip(names, (None, "gim", "relp"), strict=True):
+        circuit = discovery.eap(known.model, known.pairs, rules=rules)
+        expected = discovery.edge_accuracy(circuit, known.active, components=True).average_precision
+        assert table.set_index("method").loc[name, "active_precision"] == pytest.approx(expected)
+    assert table["cpr"].nunique() == 3
+    with pytest.raises(UnknownName, match="unknown discovery method"):
+        run_bench(tmp_path, methods=["exact+gim"])
+
+
 def test_methods_that_draw_get_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     got: list[int] = []
 

@@ -35,6 +35,7 @@ def test_top_threshold_and_pruned_keep_what_they_say() -> None:
     cut = float(sizes.median())
     assert torch.equal(circuit.threshold(cut).kept, sizes >= cut)
     assert torch.equal(top.pruned().kept, circuit.graph.connected(top.kept))
+    assert torch.equal(top.pruned().scores, circuit.scores) and top.pruned().per_example is circuit.per_example
     assert circuit.n_kept == circuit.graph.n_edges and circuit.top(0).edges == ()
     with pytest.raises(BadInput, match="n = 62: expected 0 to 61"):
         circuit.top(62)
@@ -96,7 +97,7 @@ def test_damaged_circuit_files_are_refused(tmp_path: Path) -> None:
 def test_the_curve_is_the_share_of_the_gap_that_each_circuit_recovers() -> None:
     model, pairs = build(), some_pairs(12)
     circuit = eap(model, pairs)
-    result = faithfulness(model, circuit, pairs)
+    result = faithfulness(model, circuit, pairs, positions=True)
     with torch.no_grad():
         full, empty = (float(at_answers(model(t), pairs).mean()) for t in (pairs.clean, pairs.corrupt))
     assert result.metric_full == pytest.approx(full, rel=1e-4)
@@ -129,17 +130,9 @@ def test_benchmark_shares_give_its_sizes_and_area() -> None:
     result = faithfulness(model, circuit, pairs, shares=MIB_SHARES)
     part = result.curve[result.curve["ranking"] == "signed"]
     assert part["share"].tolist() == list(MIB_SHARES)
-    assert part["n_edges"].tolist() == [int(share * circuit.graph.n_edges) for share in MIB_SHARES]
+    assert part["n_edges"].tolist() == [int(share * result.n_edges) for share in MIB_SHARES]
     f, x = part["faithfulness"].to_numpy(), part["share"].to_numpy()
     assert result.cpr == pytest.approx(sum((x[i + 1] - x[i]) * (f[i] + f[i + 1]) / 2 for i in range(9)))
-
-
-def test_large_graphs_are_read_at_a_geometric_grid_of_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("circuits.discovery.evaluate.ALL_SIZES_UP_TO", 64)
-    model, pairs = build(n_heads=4), some_pairs()
-    result = faithfulness(model, eap(model, pairs), pairs, n_random=2)
-    sizes = result.curve.query("ranking == 'signed'")["n_edges"].tolist()
-    assert sizes[0] == 0 and sizes[1] == 1 and sizes[-1] == result.n_edges == 137 and len(sizes) <= 25
 
 
 def one_curve(table: np.ndarray, sizes: list[int]) -> Faithfulness:
@@ -147,7 +140,7 @@ def one_curve(table: np.ndarray, sizes: list[int]) -> Faithfulness:
     curves = [Curve("signed", x, sizes), Curve("absolute", x, sizes), Curve("random", [0.0, 1.0], [0, 1])]
     ends = table[[0, -1]]
     whole = np.concatenate([ends, table, table, ends])
-    names: dict[str, Any] = {"method": "m", "metric": "d", "ablation": "corrupt"}
+    names: dict[str, Any] = {"method": "m", "metric": "d", "ablation": "corrupt", "sizes": "every size"}
     return summarise(whole, curves, [0] * len(whole), n_edges=sizes[-1], seed=0, **names)
 
 
@@ -226,9 +219,9 @@ def test_the_curves_figure_shows_both_rankings_the_control_and_the_areas() -> No
     result = faithfulness(model, eap(model, pairs), pairs)
     figure = result.figure()
     names = {trace.name for trace in figure.data if trace.name}
-    assert names == {"ranked by signed score (CPR)", "ranked by size (CMD)", "random circuits, 8 draws"}
+    assert names == {"ranked by signed score (CPR)", "ranked by size (CMD)", "random circuits, 8 draws", "whole model"}
     assert f"CPR {result.cpr:.2f}" in figure.layout.title.text
-    assert "share of 61" in figure.layout.xaxis.title.text and "recovered" in figure.layout.yaxis.title.text
+    assert "share of 46" in figure.layout.xaxis.title.text and "recovered" in figure.layout.yaxis.title.text
 
 
 def test_a_deep_models_figure_has_rows_for_what_it_shows_only() -> None:

@@ -45,6 +45,7 @@ from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
 
 __all__ = [
+    "ANALYSES",
     "GIM",
     "METHODS",
     "MIB_SHARES",
@@ -115,6 +116,26 @@ METHODS: Mapping[str, Callable[..., Circuit]] = {
     "edge-pruning": edge_pruning,
     "uniform-gradient-sampling": uniform_gradient_sampling,
 }
+
+
+ANALYSES: Mapping[str, Callable[..., Any]] = {
+    "exact-nodes": exact_nodes,
+    "node-attribution": node_attribution,
+    "activation-patching": activation_patching,
+    "path-patching": path_patching,
+    "attention-patterns": attention_patterns,
+    "gradient-rules": GradientRules,
+    "optimal-constants": optimal_constants,
+    "faithfulness": faithfulness,
+    "completeness": completeness,
+    "minimality": minimality,
+    "hypothesis-tests": hypothesis_tests,
+    "stability": stability,
+    "random-circuits": random_circuits,
+    "edge-accuracy": edge_accuracy,
+    "compare": compare,
+}
+"""What there is beside the methods: other scores, and what says how good a circuit is."""
 
 
 def attribute(model: HookedModel, pairs: Pairs, *, method: str = "eap-ig-inputs", **options: Any) -> Circuit:

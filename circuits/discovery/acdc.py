@@ -35,18 +35,15 @@ def acdc(
 ) -> Circuit:
     """Return the circuit that is left after removing, one by one, every edge whose removal changes little.
 
-    Readers are visited from the last to the first, and the sources of each from the last to the first. The edge u -> v
-    is removed (v reads u's replacement from then on) if, with all edges removed before, that raises the mean metric by
-    less than ``tau``, for a metric that is a distance from the clean output (``kl_divergence``, ``squared_error``: the
-    published rule), or changes it by less than ``tau`` either way, for any other metric. The order is that of the
-    graph, so that the circuit is the same in every process.
+    Readers are visited from the last to the first, and the sources of each from the last to the first. With M the edges
+    still there, the edge u -> v is removed (v reads u's replacement from then on) if m(M without it) - m(M) < ``tau``,
+    for a metric that is a distance from the clean output (``kl_divergence``, ``squared_error``: the published rule), or
+    if abs(m(M without it) - m(M)) < ``tau``, for any other metric. The order is that of the graph, so that the circuit
+    is the same in every process.
 
     An edge's score is the change on removal at its turn, never negative: an edge that may go although it changes a
     distance for the better scores zero. Edges whose reader leads nowhere any more, or whose source
     writes the same when replaced, are removed unseen, with score zero.
-
-    It costs two forwards; then, for each edge, what its reader's change reaches through the edges still there: parts
-    that it does not reach keep what they computed last. While few edges survive that is a small part of a forward.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -61,6 +58,13 @@ def acdc(
         memory_budget: Bytes that the activations of a batch of pairs may take.
         batch_size: Pairs at a time, at most. All pairs take part in every decision.
         progress: Whether to show a bar.
+
+    Cost: two forwards; then, for each edge, what its reader's change reaches through the edges still there: parts that
+        it does not reach keep what they computed last. While few edges survive that is a small part of a forward. No
+        backward.
+
+    Conventions: removal is strict: an edge whose removal changes exactly ``tau`` stays. Later readers come first, and
+        of a reader the later sources. Scores are sizes, and have no sign.
 
     Source: Conmy et al. 2023, arXiv 2304.14997, algorithm 1. Trying several edges at a time, and computing only what a
         removal reaches, are our own.

@@ -96,8 +96,7 @@ def activation_patching(
 
     ``over`` says what the places of each layer are: ``positions``: the residual stream in front of the block, at one
     position; ``heads``: what one head writes, at all positions; ``neurons``: one MLP neuron's activation, at all
-    positions. The score is m(patched) - m(clean), the mean over pairs. It costs two forwards (three for neurons), and
-    for each place what lies behind it: on average half a forward.
+    positions. The score is m(patched) - m(clean), the mean over pairs.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -111,6 +110,12 @@ def activation_patching(
         memory_budget: Bytes that the computation may take beside the model.
         batch_size: Pairs at a time, at most.
         progress: Whether to show a bar.
+
+    Cost: two forwards (three for neurons), and for each place what lies behind it: on average half a forward. No
+        backward.
+
+    Conventions: corrupt activations are put into the clean run (noising) unless ``denoising`` is asked for. Below zero
+        the place supports the answer under ``logit_difference``.
 
     Source: Vig et al. 2020, arXiv 2004.12265; Meng et al. 2022, arXiv 2202.05262, section 2; Heimersheim and Nanda
         2024, arXiv 2404.15255 (noising and denoising).

@@ -82,8 +82,7 @@ def attention_patterns(
 
     The effect of A[layer, head, query, key] is (A_corrupt - A_clean) dm/dA, the other entries held: where a head
     looks, apart from what it finds there. The gradient is taken at the clean input, or averaged over the ``steps``
-    points of ``eap_ig_inputs`` (the clean end included, the corrupt one not). It costs a forward on the corrupt
-    inputs and a forward and backward on the clean ones and at every further step.
+    points of ``eap_ig_inputs``.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -93,6 +92,12 @@ def attention_patterns(
         rules: Where gradients depart from the chain rule: ``"gim"``, ``"relp"`` or ``GradientRules`` of one's own.
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         progress: Whether to show a bar.
+
+    Cost: ``steps`` + 1 forwards (one on the corrupt inputs) and ``steps`` backwards.
+
+    Conventions: the clean end of the path is included, the corrupt end is not, so that one step takes the gradient at
+        the clean input. The score is the effect of corrupting the entry: below zero it supports the answer under
+        ``logit_difference``.
 
     Source: Nanda 2023, Attribution Patching: Activation Patching At Industrial Scale (neelnanda.io, attention
         patterns as the activations that are patched).

@@ -24,7 +24,7 @@ def clean_corrupted(
     """Return every edge's effect, with the mean of the gradients on the clean and on the corrupt input.
 
     As ``eap``, but dm/dx_v is the mean of its values on the two inputs: the trapezoid with one step of the path of
-    ``eap_ig_inputs``, both ends included. It costs three forwards and two backwards.
+    ``eap_ig_inputs``.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -35,6 +35,12 @@ def clean_corrupted(
         neurons: Whether every neuron of an MLP is a source, and not the MLP as a whole.
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         progress: Whether to show a bar.
+
+    Cost: three forwards and two backwards.
+
+    Conventions: both ends of the path are included, with equal weight, and nothing between them. The score is the
+        effect of corrupting the edge: below zero it supports the answer under ``logit_difference`` (MIB's files have
+        the opposite sign).
 
     Source: Hanna, Pezzelle and Belinkov 2024, arXiv 2403.17806 (``clean-corrupted`` in the released code).
 

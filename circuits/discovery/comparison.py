@@ -64,8 +64,14 @@ class Comparison:
 def compare(circuits: Mapping[str, Circuit]) -> Comparison:
     """Return how alike circuits of one model are, every two of them.
 
+    The Jaccard similarity of the kept edges is abs(A & B) / abs(A | B).
+
     Args:
         circuits: At least two, by the names that the table is to have for them.
+
+    Cost: no forward and no backward.
+
+    Conventions: kept edges are compared as sets; scores by the ranks of their sizes, over all edges.
 
     Source: Jaccard 1912; Spearman 1904 (scipy.stats.spearmanr). The expected Jaccard similarity of random sets of m
         and n of N edges is taken at the expected overlap m n / N.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -91,6 +91,12 @@ def completeness(
         seed: Of the subsets.
         progress: Whether to show a bar.
 
+    Cost: two forwards for the scale, two for each knock-out, and 2 x ``greedy_candidates`` for each edge of the greedy
+        subset. No backward.
+
+    Conventions: distances are shares of the gap between the model and the model with every edge ablated; 0 is complete.
+        Edges are knocked out, where the paper knocks out nodes.
+
     Source: Wang et al. 2022, Interpretability in the Wild, arXiv 2211.00593, section 4 (completeness; there of nodes).
 
     Fails when: backups outside the circuit take over only for knock-outs that were not tried; and where ablating
@@ -100,6 +106,7 @@ def completeness(
         BadInput: the circuit is of another graph or empty, or ablating all edges changes nothing.
     """
     kept = _checked(model, circuit)
+    options: dict[str, Any] = {"metric": metric, "ablation": ablation, "neurons": circuit.graph.has_neurons}
     generator = torch.Generator().manual_seed(seed)
     members = kept.nonzero().flatten()
     none = torch.zeros_like(kept)
@@ -107,7 +114,7 @@ def completeness(
     random[:, members] = torch.rand(n_random, len(members), generator=generator) < 0.5
 
     def measure(sets: Bool[Tensor, "set edge"]) -> Float[Tensor, "set pair"]:
-        found = ablated_metric(model, pairs, sets.to(circuit.kept.device), metric=metric, ablation=ablation)
+        found = ablated_metric(model, pairs, sets.to(circuit.kept.device), **options)
         return found.double().cpu()
 
     full, empty = measure(torch.stack([~none, none])).mean(1).tolist()
@@ -155,6 +162,11 @@ def minimality(
         seed: Of the bootstrap.
         progress: Whether to show a bar.
 
+    Cost: three forwards, and one for each edge of the circuit. No backward.
+
+    Conventions: below zero the circuit needs the edge for the answer under ``logit_difference``. The context is the
+        whole circuit, and no search for a better one.
+
     Source: Wang et al. 2022, arXiv 2211.00593, section 4 (minimality; there of nodes, with the best context K).
 
     Fails when: two edges of the circuit back each other up, so that neither alone seems needed.
@@ -169,9 +181,8 @@ def minimality(
     without = kept.repeat(len(members), 1)
     without[torch.arange(len(members)), members] = False
     sets = torch.cat([torch.ones_like(kept)[None], torch.zeros_like(kept)[None], kept[None], without])
-    found = ablated_metric(
-        model, pairs, sets.to(circuit.kept.device), metric=metric, ablation=ablation, progress=progress
-    )
+    options: dict[str, Any] = {"metric": metric, "ablation": ablation, "neurons": circuit.graph.has_neurons}
+    found = ablated_metric(model, pairs, sets.to(circuit.kept.device), progress=progress, **options)
     scores = found.double().cpu()
     scale = abs(float(scores[0].mean() - scores[1].mean()))
     if scale == 0:
@@ -191,7 +202,7 @@ def minimality(
 
 
 def _checked(model: HookedModel, circuit: Circuit) -> Bool[Tensor, " edge"]:
-    if Graph.from_model(model) != circuit.graph:
+    if Graph.from_model(model, neurons=circuit.graph.has_neurons) != circuit.graph:
         raise BadInput("the circuit is of another graph than this model's: attribute this model first")
     if circuit.n_kept == 0:
         raise BadInput("the circuit keeps no edge: expected some, such as circuit.top(20)")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-SCHEMA = 1
+SCHEMA = 2
 Interval = tuple[float, float]
 
 
@@ -33,8 +33,9 @@ class Faithfulness:
     """
 
     curve: pd.DataFrame
-    """One row per size and ``ranking`` (signed, absolute, random): ``n_edges``, ``n_connected`` (on a path from an
-    embedding to the logits), ``share`` of the edges, ``metric``, ``faithfulness``, ``low``, ``high``."""
+    """One row per size and ``ranking`` (signed, absolute, random): ``n_edges``, the nominal size; ``n_connected``, the
+    actual one, of edges on a path from an embedding to the logits; ``share``, nominal, of the edges that count;
+    ``metric``, ``faithfulness``, ``low``, ``high``."""
     cpr: float
     cpr_interval: Interval
     cmd: float
@@ -46,8 +47,11 @@ class Faithfulness:
     metric_full: float
     metric_empty: float
     n_edges: int
+    """Edges that count: without those from a position embedding, unless they were asked for."""
     n_pairs: int
     n_random: int
+    sizes: str
+    """Which sizes were measured."""
     method: str
     metric: str
     ablation: str
@@ -82,6 +86,7 @@ class Faithfulness:
 
     def _repr_html_(self) -> str:
         about = f"{self.method}, {self.metric}, {self.ablation} ablation, {self.n_edges} edges, {self.n_pairs} pairs"
+        about += f", {self.sizes}"
         table = self.to_frame().to_html(float_format=lambda v: f"{v:.3f}")
         return f"<p><b>CPR {self.cpr:.3f}, CMD {self.cmd:.3f}</b><br>{escape(about)}</p>{table}"
 
@@ -137,6 +142,7 @@ def summarise(
     connected: Sequence[int],
     *,
     n_edges: int,
+    sizes: str,
     seed: int,
     method: str,
     metric: str,
@@ -148,7 +154,8 @@ def summarise(
         table: The metric of: the model without any edge, with every edge, and the circuits of each curve in turn.
         curves: Signed ranking, absolute ranking, then the random ones.
         connected: The number of connected edges of each row of ``table``.
-        n_edges: Of the graph.
+        n_edges: Edges that count.
+        sizes: Which sizes these are.
         seed: Of the bootstrap.
         method: Of the scores.
         metric: Its name.
@@ -186,6 +193,7 @@ def summarise(
         n_edges=n_edges,
         n_pairs=n,
         n_random=len(curves) - 2,
+        sizes=sizes,
         method=method,
         metric=metric,
         ablation=ablation,

@@ -24,9 +24,7 @@ def eap(
     """Return every edge's first-order effect, with the gradient at the clean input.
 
     The score of the edge u -> v is (a_u on the corrupt run - a_u on the clean run) . dm/dx_v, summed over positions
-    and averaged over pairs: what corrupting that edge alone would do to the metric m if m were linear. It costs one
-    forward on the corrupt inputs, a forward and a backward on the clean ones, and products of the size of the
-    attention projections.
+    and averaged over pairs: what corrupting that edge alone would do to the metric m if m were linear.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -37,6 +35,12 @@ def eap(
         neurons: Whether every neuron of an MLP is a source, and not the MLP as a whole.
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         progress: Whether to show a bar.
+
+    Cost: two forwards (on the corrupt and on the clean inputs) and one backward, on activations alone, and products of
+        the size of the attention projections: three to four forwards in all.
+
+    Conventions: no path is integrated: the gradient is that at the clean input. The score is the effect of corrupting
+        the edge: below zero it supports the answer under ``logit_difference`` (MIB's files have the opposite sign).
 
     Source: Syed, Rager and Conmy 2023, arXiv 2310.10348 (edge attribution patching).
 

@@ -30,10 +30,7 @@ def eap_ig_activations(
 
     As ``eap``, but for the edges that leave a group of sources (an embedding, the heads of a layer, an MLP) dm/dx_v
     is the mean over k = 1 ... ``steps`` of the gradient on the clean input while that group writes
-    corrupt + (k / steps) (clean - corrupt): the clean end is included, the corrupt one is not, so that one step is
-    ``eap``. It costs one forward on the corrupt inputs and one forward and backward on the clean ones, and for each
-    of the (2 layers + 1 or 2) groups a forward and backward for every other step. (The released code adds the
-    gradients of every group's path to all edges, and not only to those that leave the group.)
+    corrupt + (k / steps) (clean - corrupt).
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -43,6 +40,14 @@ def eap_ig_activations(
         rules: Where gradients depart from the chain rule: ``"gim"``, ``"relp"`` or ``GradientRules`` of one's own.
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         progress: Whether to show a bar.
+
+    Cost: 2 + G (``steps`` - 1) forwards and 1 + G (``steps`` - 1) backwards, with G the number of groups: 2 layers + 1,
+        or + 2 with a position embedding.
+
+    Conventions: the clean end of each path is included, the corrupt end is not, so that one step is ``eap``. (The
+        released code adds the gradients of every group's path to all edges, and not only to those that leave the
+        group.) The score is the effect of corrupting the edge: below zero it supports the answer under
+        ``logit_difference`` (MIB's files have the opposite sign).
 
     Source: Hanna, Pezzelle and Belinkov 2024, arXiv 2403.17806 (``EAP-IG-activations`` in the released code).
 

@@ -25,9 +25,7 @@ def eap_ig_inputs(
     """Return every edge's effect, with the gradient averaged from the corrupt to the clean token embeddings.
 
     As ``eap``, but dm/dx_v is the mean over k = 1 ... ``steps`` of the gradient at the token embeddings
-    corrupt + (k / steps) (clean - corrupt): the clean end is included, the corrupt end is not, so one step is
-    ``eap``. (The authors' released code takes k = 0 ... steps - 1 instead and so includes the corrupt end.) It
-    costs one forward on the corrupt inputs, and a forward and a backward per step.
+    corrupt + (k / steps) (clean - corrupt).
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -39,6 +37,13 @@ def eap_ig_inputs(
         neurons: Whether every neuron of an MLP is a source, and not the MLP as a whole.
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         progress: Whether to show a bar.
+
+    Cost: ``steps`` + 1 forwards (one on the corrupt inputs) and ``steps`` backwards.
+
+    Conventions: the clean end of the path is included, the corrupt end is not, so that one step is ``eap``. (The
+        authors' released code takes k = 0 ... steps - 1 instead and so includes the corrupt end and not the clean one.)
+        The gradients are averaged. The score is the effect of corrupting the edge: below zero it supports the answer
+        under ``logit_difference`` (MIB's files have the opposite sign).
 
     Source: Hanna, Pezzelle and Belinkov 2024, arXiv 2403.17806, section 3.
 

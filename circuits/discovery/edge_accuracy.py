@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits._stats import resampling_counts
 from circuits.discovery.circuit import Circuit
+from circuits.discovery.graph import component
 from circuits.errors import BadInput
 
 
@@ -45,17 +46,26 @@ def edge_accuracy(
 ) -> EdgeAccuracy:
     """Return how well the size of a score tells the true edges from all others.
 
-    Ties count half in the ROC curve. All edges of the graph count, whichever the circuit keeps.
+    AUROC = P(a true edge's score is larger than another edge's) + P(they are equal) / 2. Average precision = the sum
+    over ranks k of (recall at k - recall at k - 1) x precision at k. All edges of the graph count, whichever the
+    circuit keeps.
 
     Args:
         circuit: Scores of a model whose true edges are known.
         truth: The true edges as (source, reader).
-        components: Whether to merge a head's q, k and v into the head first, the largest score standing for them.
+        components: Whether to merge a head's q, k and v into the head, and an MLP's neurons into the MLP, first; the
+            largest score stands for them.
         resamples: Bootstrap resamples of the pairs.
         seed: Of the resamples.
 
+    Cost: no forward and no backward: the scores are there.
+
+    Conventions: the size of the score ranks, whatever its sign; ties count half in the area under the ROC curve. The
+        intervals are over pairs, with the truth held.
+
     Source: Gupta et al. 2024, InterpBench, arXiv 2407.14494 (edges of known circuits, components merged);
-        scikit-learn's ``roc_auc_score`` and ``average_precision_score``.
+        Mann and Whitney 1947 (the area under the ROC curve as a sum of ranks). The numbers are those of scikit-learn's
+        ``roc_auc_score`` and ``average_precision_score``.
 
     Fails when: the corrupt inputs leave a true edge's value as it is: no method can find it then, so give the edges
     that are active under these pairs as ``truth``, besides those of the program.
@@ -63,8 +73,6 @@ def edge_accuracy(
     Raises:
         BadInput: one of the true edges is not of this graph, or none or all edges are true.
     """
-    from sklearn.metrics import average_precision_score, roc_auc_score
-
     is_true = circuit.graph.mask(truth)
     if not 0 < int(is_true.sum()) < circuit.graph.n_edges:
         raise BadInput(f"{int(is_true.sum())} of {circuit.graph.n_edges} edges are true: expected some but not all")
@@ -78,8 +86,7 @@ def edge_accuracy(
         counts = torch.from_numpy(resampling_counts(len(per_pair), seed=seed, resamples=resamples)).double()
         scores = torch.cat([scores, counts @ per_pair.double().cpu() / len(per_pair)])
     importance = np.asarray(_merge(scores.abs(), groups))
-    auroc = np.array([roc_auc_score(truth_of, row) for row in importance])
-    precision = np.array([average_precision_score(truth_of, row) for row in importance])
+    auroc, precision = areas(importance, truth_of)
     return EdgeAccuracy(
         float(auroc[0]),
         None if per_pair is None else _span(auroc[1:]),
@@ -90,11 +97,31 @@ def edge_accuracy(
     )
 
 
+def areas(
+    scores: Float[np.ndarray, "row item"], true: Bool[np.ndarray, " item"]
+) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
+    """Return the area under the ROC curve and the average precision of each row of scores, all rows at once.
+
+    At a true item's score, precision is its rank among the true ones, counted from above with ties last, over its
+    rank among all; the average over true items is the average precision.
+
+    Source: as ``edge_accuracy``; by scipy.stats.rankdata, since scikit-learn's functions take one row at a time, at a
+        hundred times the cost for graphs of a hundred edges.
+    """
+    from scipy.stats import rankdata
+
+    n_true, n_other = int(true.sum()), int((~true).sum())
+    below = rankdata(scores, axis=1)[:, true].sum(1) - n_true * (n_true + 1) / 2
+    among_true = rankdata(-scores[:, true], method="max", axis=1)
+    among_all = rankdata(-scores, method="max", axis=1)[:, true]
+    return below / (n_true * n_other), (among_true / among_all).mean(1)
+
+
 def _groups(circuit: Circuit) -> Tensor:
-    """The number of each edge's pair of components, where q, k and v of a head are one."""
+    """The number of each edge's pair of components, where q, k and v of a head, and an MLP's neurons, are one."""
     names: dict[tuple[str, str], int] = {}
     merged = (
-        (source, reader.rsplit(".", 1)[0]) if reader[-2:] in (".q", ".k", ".v") else (source, reader)
+        (component(source), reader.rsplit(".", 1)[0] if reader[-2:] in (".q", ".k", ".v") else reader)
         for source, reader in circuit.graph.edges
     )
     return torch.tensor([names.setdefault(pair, len(names)) for pair in merged])

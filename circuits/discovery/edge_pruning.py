@@ -39,8 +39,7 @@ def edge_pruning(
     the target t grows from 0 to ``sparsity`` over the first half of the steps, and the multipliers l1 and l2 climb
     the same expression. Masks are hard-concrete. The loss is KL(model || masked model) in nats at the answer, or,
     with a metric, the squared difference of the metric from the model's. The round(E (1 - ``sparsity``)) most
-    probable edges are kept; scores have no sign. It costs a forward and a backward through every reader's sum per
-    step, for ``mask_samples`` x ``batch_size`` inputs.
+    probable edges are kept.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -55,6 +54,13 @@ def edge_pruning(
         batch_size: Pairs per update.
         seed: Of masks and pairs.
         progress: Whether to show a bar.
+
+    Cost: one forward on the clean inputs, and then, at every step, a forward and a backward through every reader's sum
+        over its sources for ``mask_samples`` x ``batch_size`` inputs, and a forward on ``batch_size`` corrupt inputs
+        where those are what ablated edges carry.
+
+    Conventions: a mask of 1 is the model's own edge, 0 the ablated one. Scores are probabilities and have no sign. No
+        path is integrated.
 
     Source: Bhaskar, Wettig, Friedman and Chen 2024, Finding Transformer Circuits with Edge Pruning, arXiv 2406.16778.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,12 +11,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.discovery.ablate import ablated_logits, replacement
+from circuits.discovery.ablate import ablated_logits, name_of_ablation, replacement
 from circuits.discovery.activations import check_model
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.curves import Curve, Faithfulness, summarise
 from circuits.discovery.graph import Graph
 from circuits.discovery.metrics import Metric, check_pairs, logit_difference, measure, name_of, select
+from circuits.discovery.nested import nested_metric
+from circuits.discovery.random_circuits import random_sizes
 from circuits.discovery.sites import Sites, sites_of
 from circuits.errors import BadInput
 from circuits.model import HookedModel
@@ -23,8 +26,10 @@ from circuits.tasks.base import Pairs
 
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """The circuit sizes of the MIB benchmark: pass them as ``shares`` for its numbers."""
-ALL_SIZES_UP_TO = 256
-"""Graphs of up to this many edges are evaluated at every size unless told otherwise."""
+EVERY_SIZE_UP_TO = 2**17
+"""Unless told otherwise every size is evaluated where edges times pairs are at most this many: about a minute."""
+GRID = 24
+"""Sizes from one edge to all that are evaluated beyond that."""
 
 
 def ablated_metric(
@@ -99,6 +104,7 @@ def faithfulness(
     metric: Metric = logit_difference,
     ablation: str | Mapping[str, Tensor] = "corrupt",
     shares: Sequence[float] | str | None = None,
+    positions: bool = False,
     n_random: int = 8,
     seed: int = 0,
     progress: bool = False,
@@ -110,9 +116,10 @@ def faithfulness(
 
         f(k) = (m(C_k) - m(no edge)) / (m(all edges) - m(no edge)).
 
-    CPR is the area under f against the share of edges kept, where importance is the signed score (how much
-    corrupting the edge lowers the metric); it can exceed 1. CMD is the area under abs(1 - f), where importance is the
-    score's size; 0 is best. Areas are by trapezoids. All edges of the graph are ranked, whichever the circuit keeps.
+    CPR is the area under f against the share of edges kept, k / E before pruning, where importance is the signed score
+    (how much corrupting the edge lowers the metric); it can exceed 1. CMD is the area under abs(1 - f), where
+    importance is the score's size; 0 is best. Areas are by trapezoids. All edges of the graph are ranked, whichever the
+    circuit keeps.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -120,16 +127,30 @@ def faithfulness(
         pairs: Clean and corrupt inputs: others than those that the scores are from, if the curve is to tell more
             than how well the scores fit their own pairs.
         metric: One number per pair.
-        ablation: ``corrupt`` or ``mean``: see ``ablated_metric``.
+        ablation: ``corrupt``, ``mean``, ``zero`` or constants: see ``ablated_metric``.
         shares: Shares of the edges to evaluate at, ascending. ``"every"``: every number of edges from none to all.
-            None: every number in a graph of up to 256 edges, a geometric grid in larger ones. ``MIB_SHARES``: those
-            of the benchmark.
-        n_random: Circuits of random edges that are evaluated alike, as the control; at least two.
+            None: every number where edges times pairs are at most 131,072, else none and 24 sizes in geometric
+            progression up to all; ``Faithfulness.sizes`` says which. ``MIB_SHARES``: those of the benchmark.
+        positions: Whether edges from a position embedding count like any other. They matter under ``zero`` ablation
+            and constants.
+        n_random: Circuits of random edges that are evaluated alike, as the control, at nine of the sizes; at least two.
         seed: Of the random circuits and of the bootstrap over pairs.
         progress: Whether to show a bar.
 
+    Cost: two forwards, and one per size and ranking and per random circuit. Under ``corrupt`` and ``mean`` ablation it
+        is about a fifth of a forward per size where every size is asked for, since then only what the one edge between
+        two sizes reaches is computed. No backward.
+
+    Conventions: as in the benchmark's graph, edges from a position embedding are not counted among the E edges, not
+        ranked, and kept in every circuit, and a path starts at the token embedding: a corrupt input has the same
+        positions, so that there is nothing to ablate. With ``MIB_SHARES`` CPR and CMD are the benchmark's, with one
+        exception: where query heads share keys, the benchmark has an edge for each of the query heads and this graph
+        one for all of them. The size on the axis is the nominal one; pruning leaves fewer edges (``n_connected``).
+        Random circuits have as many edges as the nominal size says, all of them on paths, so that no circuit is
+        compared with a smaller one.
+
     Source: Mueller et al. 2025, MIB: A Mechanistic Interpretability Benchmark, arXiv 2504.13151 (circuit
-        localization track), and its released evaluation code.
+        localization track), and its released code (hannamw/MIB-circuit-track, ``evaluate_area_under_curve``).
 
     Fails when: corrupting everything hardly changes the metric, so that f divides by little (its interval shows it);
     and where clean and corrupt inputs agree, so that nothing that both share is ever ablated.
@@ -147,53 +168,74 @@ def faithfulness(
         )
     if n_random < 2:
         raise BadInput(f"n_random = {n_random}: expected at least 2, for the control to have a spread")
-    curves, keep = _plan(circuit, shares, n_random, seed)
-    unique, back = torch.unique(keep, dim=0, return_inverse=True)
-    values = ablated_metric(
-        model, pairs, unique, metric=metric, ablation=ablation, neurons=graph.has_neurons, progress=progress
-    )
-    table = values[back.to(values.device)].double().cpu().numpy()
-    names = {
-        "method": circuit.method,
-        "metric": name_of(metric),
-        "ablation": ablation if isinstance(ablation, str) else "constants",
-    }
-    return summarise(table, curves, keep.sum(1).tolist(), n_edges=graph.n_edges, seed=seed, **names)
-
-
-def _plan(
-    circuit: Circuit, shares: Sequence[float] | str | None, n_random: int, seed: int
-) -> tuple[list[Curve], Bool[Tensor, "set edge"]]:
-    """Lay out the curves, and which edges are kept: none, all, then the connected ones of each curve's circuits."""
-    n_edges = circuit.graph.n_edges
-    x, sizes = _sizes(n_edges, shares)
+    counted = torch.tensor([positions or source != "pos_embed" for source, _ in graph.edges])
+    n_edges = int(counted.sum())
+    x, sizes, said = _sizes(n_edges, len(pairs), shares)
     # The control answers one question and is not read size by size: a few sizes do.
     few = sorted(set(np.linspace(0, len(sizes) - 1, min(len(sizes), 9)).round().astype(int).tolist()))
     curves = [Curve("signed", x, sizes), Curve("absolute", x, sizes)]
     curves += [Curve("random", [x[i] for i in few], [sizes[i] for i in few])] * n_random
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = [torch.randperm(n_edges, generator=generator).to(circuit.scores.device) for _ in range(n_random)]
-    orders = [circuit.ranking(absolute=False), circuit.ranking(), *shuffled]
-    kept = [_prefixes(order, curve.sizes) for order, curve in zip(orders, curves, strict=True)]
-    return curves, circuit.graph.connected(torch.cat([_prefixes(orders[0], [0, n_edges]), *kept]))
+    random = random_sizes(graph, curves[-1].sizes, n_random, allowed=counted, seed=seed)
+    orders = [circuit.ranking(absolute=absolute).cpu() for absolute in (False, True)]
+    ranked = [graph.connected(_prefixes(order[counted[order]], graph.n_edges, sizes)) for order in orders]
+    ends = torch.stack([torch.zeros_like(counted), counted])
+    kept = [part | ~counted for part in (ends, *ranked, *random)]
+    options: dict[str, Any] = {"ablation": ablation, "neurons": graph.has_neurons, "progress": progress}
+    table = _table(model, pairs, kept, metric, nested=sizes == [*range(n_edges + 1)], **options)
+    connected = [int(n) for part in (ends, *ranked, *random) for n in part.sum(1)]
+    names = {"method": circuit.method, "metric": name_of(metric), "ablation": name_of_ablation(ablation)}
+    return summarise(table, curves, connected, n_edges=n_edges, sizes=said, seed=seed, **names)
 
 
-def _sizes(n_edges: int, shares: Sequence[float] | str | None) -> tuple[list[float], list[int]]:
-    """The points of the curve: shares of the edges, and numbers of edges."""
+def _table(
+    model: HookedModel,
+    pairs: Pairs,
+    kept: Sequence[Bool[Tensor, "_ edge"]],
+    metric: Metric,
+    *,
+    nested: bool,
+    ablation: str | Mapping[str, Tensor],
+    neurons: bool,
+    progress: bool,
+) -> Float[np.ndarray, "row pair"]:
+    """The metric of every pair in every set; the second and third group may be nested, each set in the next."""
+    found: dict[int, Tensor] = {}
+    for i in (1, 2) if nested and not neurons else ():
+        if i == 2 and torch.equal(kept[1], kept[2]):  # scores without a sign have one ranking
+            found[2] = found[1]
+            continue
+        part = nested_metric(model, pairs, kept[i].flip(0), metric, ablation=ablation, progress=progress)
+        if part is None:  # the model runs whole
+            break
+        found[i] = part.flip(0)
+    rest = torch.cat([part for i, part in enumerate(kept) if i not in found])
+    unique, back = torch.unique(rest, dim=0, return_inverse=True)
+    values = ablated_metric(
+        model, pairs, unique.to(model.cfg.device), metric=metric, ablation=ablation, neurons=neurons, progress=progress
+    )[back.to(model.cfg.device)]
+    others = iter(values.split([len(part) for i, part in enumerate(kept) if i not in found]))
+    parts = [found[i] if i in found else next(others) for i in range(len(kept))]
+    return torch.cat(parts).double().cpu().numpy()
+
+
+def _sizes(n_edges: int, n_pairs: int, shares: Sequence[float] | str | None) -> tuple[list[float], list[int], str]:
+    """The points of the curve: shares of the edges, numbers of edges, and what to say of them."""
     if isinstance(shares, str) and shares != "every":
         raise BadInput(f"shares = {shares!r}: expected 'every', or ascending numbers from 0 to 1")
     if shares is not None and not isinstance(shares, str):
         x = [float(share) for share in shares]
         if len(x) < 2 or x != sorted(set(x)) or x[0] < 0 or x[-1] > 1:
             raise BadInput(f"shares = {list(shares)}: expected at least two ascending numbers from 0 to 1")
-        return x, [int(share * n_edges) for share in x]
-    sizes = list(range(n_edges + 1))
-    if n_edges > ALL_SIZES_UP_TO and shares is None:
-        sizes = sorted({0, *np.geomspace(1, n_edges, 24).round().astype(int).tolist()})
-    return [size / n_edges for size in sizes], sizes
+        mib = "the ten sizes of MIB" if tuple(x) == MIB_SHARES else f"{len(x)} given sizes"
+        return x, [int(share * n_edges) for share in x], mib
+    sizes, said = list(range(n_edges + 1)), "every size"
+    if shares is None and n_edges * n_pairs > EVERY_SIZE_UP_TO:
+        sizes = sorted({0, *np.geomspace(1, n_edges, GRID).round().astype(int).tolist()})
+        said = f"{len(sizes)} sizes in geometric progression"
+    return [size / n_edges for size in sizes], sizes, said
 
 
-def _prefixes(order: Int[Tensor, " edge"], sizes: Sequence[int]) -> Bool[Tensor, "size edge"]:
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device)
-    return rank[None] < torch.tensor(sizes, device=order.device)[:, None]
+def _prefixes(order: Int[Tensor, " ranked"], n_edges: int, sizes: Sequence[int]) -> Bool[Tensor, "size edge"]:
+    rank = torch.full((n_edges,), n_edges)
+    rank[order] = torch.arange(len(order))
+    return rank[None] < torch.tensor(sizes)[:, None]

@@ -36,11 +36,7 @@ def exact(
 
     The score of the edge u -> v is m(the model in which v alone reads u's replacement instead of u's output) - m(the
     model as it is), the mean over pairs. Nothing is approximated, and no gradient is taken, so that the metric need
-    not have one (accuracy, or a divergence from the clean output, will do). One forward on the clean inputs and one on
-    the corrupt inputs are kept; then each edge costs what lies behind its reader: of attention the one changed head, of
-    the last block the answer's position, of edges into the logits the unembedding alone. That is between a tenth and a
-    fifth of a forward per edge on small models, where it takes a whole forward or more per edge otherwise. A model that
-    cannot be taken apart into blocks takes a whole forward per edge (``details["whole_forwards_because"]`` says why).
+    not have one (accuracy, or a divergence from the clean output, will do).
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -59,6 +55,16 @@ def exact(
             the activations within 512 MB.
         batch_size: Pairs at a time, at most.
         progress: Whether to show a bar.
+
+    Cost: two forwards, which are kept, and for each edge what lies behind its reader: of attention the one changed
+        head, of the last block the answer's position, of edges into the logits the unembedding alone. That is between a
+        tenth and a fifth of a forward per edge on small models, where it takes a whole forward or more per edge
+        otherwise. A model that cannot be taken apart into blocks takes a whole forward per edge
+        (``details["whole_forwards_because"]`` says why). No backward.
+
+    Conventions: the edge is ablated in the clean run (noising) unless ``denoising`` is asked for; there is no path to
+        integrate. The score is the effect of corrupting the edge: below zero it supports the answer under
+        ``logit_difference`` (MIB's files have the opposite sign).
 
     Source: Conmy et al. 2023, arXiv 2304.14997 (ablation of single edges); Goldowsky-Dill et al. 2023, arXiv 2304.05969
         (path patching). That all readers of a layer share one source's norm and projections is our own.

@@ -33,7 +33,7 @@ def exact_nodes(
     """Return each source's exact effect with its 95 % interval over pairs, the largest first.
 
     The score of source u is m(the model in which u writes its replacement) - m(the model as it is): all edges that
-    leave u are ablated together. It costs two forwards, and for each source what lies behind it.
+    leave u are ablated together.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -46,6 +46,11 @@ def exact_nodes(
         batch_size: Pairs at a time, at most.
         seed: Of the bootstrap.
         progress: Whether to show a bar.
+
+    Cost: two forwards, and for each source what lies behind it: half a forward on average. No backward.
+
+    Conventions: the source is ablated in the clean run (noising) unless ``denoising`` is asked for. Below zero the
+        source supports the answer under ``logit_difference``.
 
     Source: Vig et al. 2020, arXiv 2004.12265, and Meng et al. 2022, arXiv 2202.05262 (patching of activations).
 

@@ -213,12 +213,15 @@ def draw_faithfulness(result: Faithfulness, *, log: bool = False) -> go.Figure:
         )
     low, high = (min(0.0, *result.curve["faithfulness"]), max(1.0, *result.curve["faithfulness"]))
     smallest = min(share for share in result.curve["share"] if share > 0)
+    # named in the legend: written at the line it would lie under the curves
+    whole = {"dash": "dash", "width": 1, "color": NEUTRAL}
+    traces.append(go.Scatter(x=[smallest, 1], y=[1, 1], mode="lines", line=whole, name="whole model", hoverinfo="skip"))
     figure = go.Figure(traces)
-    figure.add_hline(y=1, line={"dash": "dash", "width": 1, "color": NEUTRAL}, annotation_text="whole model")
     figure.update_layout(
         template="circuits",
         title=f"Faithfulness: CPR {result.cpr:.2f}, CMD {result.cmd:.2f}"
-        f"<br><sup>{result.method}, {result.ablation} ablation, {result.n_pairs} pairs</sup>",
+        f"<br><sup>{result.method}, {result.ablation} ablation, {result.n_pairs} pairs, "
+        f"{result.sizes}</sup>",
         xaxis={"title": f"edges kept (share of {result.n_edges:,})"}
         | ({"type": "log", "range": [log10(smallest), 0.02]} if log else {"range": [0, 1.01]}),
         # Intervals may be as wide as they like; the curve decides what is shown.
@@ -291,7 +294,7 @@ def draw_map(
         template="circuits",
         title=f"{title}<br><sup>{subtitle}</sup>",
         xaxis={"title": x, "dtick": max(1, len(scores[0]) // 16) if scores else 1, "showgrid": False},
-        yaxis={"title": y, "showgrid": False, **rows},
+        yaxis={"title": y if names is None else "", "showgrid": False, **rows},
         height=None if names is None else 160 + 20 * len(names),
     )
     return figure

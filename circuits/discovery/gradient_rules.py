@@ -30,12 +30,31 @@ SPELLINGS = {"gelu_pytorch_tanh": "gelu_new", "swish": "silu"}
 class GradientRules:
     """What a backward pass does otherwise than the chain rule; each rule by itself, all of them by default off.
 
-    ``dataclasses.replace(GIM, freeze_pattern=True)`` and the like combine them. ``GIM`` and ``RELP`` are the two
-    published sets.
+    They are an option of the methods that take gradients: ``eap(model, pairs, rules="gim")``, or ``rules="relp"``, or
+    rules of one's own. Attribution is as before, (a_u corrupt - a_u clean) . g, but g is not dm/dx:
+
+    * GIM (``GIM``), against the self-repair of attention: a norm's scale is a constant; an attention softmax passes
+      g = J(scores / 2)^T dm/dA back, with J the Jacobian of the softmax at temperature 2; the gradients of queries and
+      keys are times 1/4, those of values and of both factors of a gated MLP times 1/2, since each is one of several
+      factors of a product.
+    * RelP (``RELP``), layer-wise relevance propagation: a norm's scale and attention patterns are constants (nothing
+      goes back to queries and keys), a gated product passes half to each factor, and an activation function at x has
+      the slope act(x) / x.
+
+    ``dataclasses.replace(GIM, freeze_pattern=True)`` and the like combine them.
+
+    Cost: none of its own: as many forwards and backwards as the method without rules.
+
+    Conventions: the forward pass is the model's own, number for number; which end of a path is included is the
+        method's. A factor multiplies the gradient, so that 1 is the chain rule.
 
     Source: Edin et al. 2025, GIM, arXiv 2505.17630 (norms, softmax temperature, factors), and its released code
         (corticph/gim: the factors, and that of gated MLPs); Rezaei Jafari et al. 2025, RelP, arXiv 2508.21258, and its
         released code (FarnoushRJ/RelP: LN-rule, AH-rule, half-rule, identity-rule).
+
+    Fails when: the answer hangs on where a head looks (RelP gives every edge into a query or key zero), or on the very
+    scale of a norm, which counts as a constant in both; the scores are no first-order effects then, and their sum is
+    not the metric's change.
     """
 
     freeze_norm: bool = False

@@ -29,8 +29,7 @@ def hisp(
     The importance of a head or MLP on one clean input is abs(a . dm/da), a its output, summed over positions and
     directions: to first order, what setting it to zero does. The top edges are thereby those among the most
     important components (the subgraph that they induce); embeddings and logits count as important as the most
-    important component. It costs a forward on the corrupt inputs, which only the checks use, and a forward and a
-    backward on the clean ones. Scores have no sign.
+    important component.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -39,6 +38,10 @@ def hisp(
         rules: Where gradients depart from the chain rule: ``"gim"``, ``"relp"`` or ``GradientRules`` of one's own.
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         progress: Whether to show a bar.
+
+    Cost: two forwards (that on the corrupt inputs is for the checks only) and one backward.
+
+    Conventions: no path is integrated: the gradient is that at the clean input. Scores are sizes and have no sign.
 
     Source: Michel, Levy and Neubig 2019, Are Sixteen Heads Really Better than One?, arXiv 1905.10650, section 4.1
         (equation 2); used as a baseline of circuit discovery by Conmy et al. 2023, arXiv 2304.14997.

@@ -31,8 +31,7 @@ def information_flow_routes(
 
     With y the reader's input, the sum of the sources a_u that it sees and of biases, the importance of u at a
     position is ``max(0, |y| - |y - a_u|)`` in the L1 norm, divided by the sum of that over all sources (zero where no
-    source has any); scores are means over positions and pairs. It costs one forward. The metric has no part in it,
-    and scores have no sign.
+    source has any); scores are means over positions and pairs. The metric has no part in it.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -40,6 +39,11 @@ def information_flow_routes(
         metric: Not used; here so that every method is called alike.
         batch_size: Pairs at a time; None keeps the activations within 512 MB.
         progress: Whether to show a bar.
+
+    Cost: one forward, no backward.
+
+    Conventions: the clean run alone is looked at, and no path is integrated. Scores are shares, from zero to one, and
+        have no sign.
 
     Source: Ferrando and Voita 2024, Information Flow Routes, arXiv 2403.00824, section 2.2 (proximity of Kobayashi
         and Ferrando, L1 norm).

@@ -33,8 +33,7 @@ def mask_gradient(
 
     With keep_e in [0, 1] between the edge's replacement (0) and what its source writes (1), the score is
     -dm/dkeep_e at keep = 1 for all edges. With ``corrupt`` ablation that is ``eap`` by another way, equal up to
-    rounding; here the replacement may also be a mean or zero. It costs one forward for the replacements, and a
-    forward and a backward through every reader's sum over its sources.
+    rounding; here the replacement may also be a mean or zero.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -43,6 +42,13 @@ def mask_gradient(
         ablation: What an ablated edge carries: see ``ablated_metric``.
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         progress: Whether to show a bar.
+
+    Cost: two forwards (one for the replacements) and one backward, the latter two through every reader's sum over its
+        sources.
+
+    Conventions: no path is integrated: the gradient is that at the full model, keep = 1. The score is the effect of
+        corrupting the edge: below zero it supports the answer under ``logit_difference`` (MIB's files have the opposite
+        sign).
 
     Source: Miller, Chughtai and Saunders 2024, arXiv 2407.08734 (edge attribution as a mask gradient).
 
@@ -69,10 +75,7 @@ def mask_ig(
     """Return every edge's effect, integrating the mask's gradient from no edge to all edges.
 
     As ``mask_gradient``, but the gradient is the mean over keep = (k - 1/2) / ``steps`` for k = 1 ... ``steps``, the
-    same for all edges: the midpoint rule, which takes neither end. The scores then add up to
-    m(no edge) - m(all edges), up to the error of the rule. (Auto-circuit takes both ends and the points between, and
-    sums them instead of averaging.) It costs one forward for the replacements, and a forward and a backward through
-    every reader's sum over its sources per step.
+    same for all edges. The scores then add up to m(no edge) - m(all edges), up to the error of the rule.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -82,6 +85,13 @@ def mask_ig(
         ablation: What an ablated edge carries: see ``ablated_metric``.
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         progress: Whether to show a bar.
+
+    Cost: ``steps`` + 1 forwards (one for the replacements) and ``steps`` backwards, all but the first through every
+        reader's sum over its sources.
+
+    Conventions: the midpoint rule, which takes neither end of the path. (Auto-circuit takes both ends and the points
+        between, and sums them instead of averaging.) The score is the effect of corrupting the edge: below zero it
+        supports the answer under ``logit_difference`` (MIB's files have the opposite sign).
 
     Source: Miller, Chughtai and Saunders 2024, arXiv 2407.08734; Sundararajan et al. 2017, arXiv 1703.01365
         (completeness of integrated gradients).

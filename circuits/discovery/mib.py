@@ -20,7 +20,9 @@ def save_mib(circuit: Circuit, path: Path | str, *, d_model: int) -> Path:
 
     There an edge is ``input->a0.h1<q>`` or ``a0.h1->m0``, the token embedding is ``input``, and a large score says that
     the edge helps: signed scores change their sign (ours is the effect of ablating the edge). Edges from a position
-    embedding have no place there and are left out: with inputs of one length ablating them changes nothing.
+    embedding have no place there and are left out: with inputs of one length ablating them changes nothing. The format
+    has whole MLPs, and a head's query, key and value apart. Its reader gives an attention-only model MLPs with scores
+    of zero.
 
     Args:
         circuit: The circuit; which edges are kept becomes ``in_graph``.
@@ -30,7 +32,8 @@ def save_mib(circuit: Circuit, path: Path | str, *, d_model: int) -> Path:
     Source: aaronmueller/MIB-circuit-track and hannamw/EAP-IG, ``Graph.to_json``.
 
     Raises:
-        BadInput: query heads share keys and values, which the format cannot say.
+        BadInput: query heads share keys and values, sources are neurons, or heads are merged, none of which the format
+            can say.
         StorageError: the file cannot be written.
     """
     names = _names(circuit.graph)
@@ -66,7 +69,7 @@ def load_mib(path: Path | str, graph: Graph) -> Circuit:
 
     Raises:
         CorruptRun: the file is missing or is no such circuit.
-        BadInput: the file's edges are not those of this graph.
+        BadInput: the file's edges are not those of this graph, or no file can have them.
     """
     stored = read_json(path)
     edges = stored.get("edges") if isinstance(stored, dict) else None
@@ -90,7 +93,17 @@ def load_mib(path: Path | str, graph: Graph) -> Circuit:
 def _names(graph: Graph) -> dict[str, int]:
     """The leaderboard's name of every edge that it has a name for, with the edge's number."""
     names: dict[str, int] = {}
+    if graph.has_neurons:
+        raise BadInput(
+            "the sources are neurons of MLPs: the leaderboard's format has edges from whole MLPs alone; expected a "
+            "circuit found with neurons=False"
+        )
     for i, (source, reader) in enumerate(graph.edges):
+        if re.fullmatch(r"a\d+\.h\d+", reader):
+            raise BadInput(
+                f"{reader} is read as a whole: the leaderboard's format has a head's query, key and value apart; "
+                f"expected a circuit that is not merged()"
+            )
         if ".kv" in reader:
             raise BadInput(
                 f"{reader} is shared by several query heads: the leaderboard's format has keys and values per query "

@@ -40,6 +40,11 @@ def node_attribution(
         batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
         seed: Of the bootstrap.
 
+    Cost: ``steps`` + 1 forwards and ``steps`` backwards.
+
+    Conventions: the clean end of the path is included, the corrupt end is not. Below zero the source supports the
+        answer under ``logit_difference``.
+
     Source: Syed, Rager and Conmy 2023, arXiv 2310.10348 (attribution patching of nodes, after Nanda);
         the path is that of Hanna et al. 2024, arXiv 2403.17806, section 3.
 

@@ -28,8 +28,7 @@ def optimal_constants(
 
     The constant of source u minimises the loss of the model in which u alone is replaced by it along all its edges:
     KL(model || ablated model) in nats at the answer, or, with a metric, the squared difference of the metric from the
-    model's. All sources are trained at once, one ablated model each, from the mean over inputs and positions. It
-    costs a forward and a backward per step for sources x ``batch_size`` inputs.
+    model's. All sources are trained at once, one ablated model each, from the mean over inputs and positions.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -40,6 +39,11 @@ def optimal_constants(
         batch_size: Pairs per update.
         seed: Of the pairs that are drawn.
         progress: Whether to show a bar.
+
+    Cost: a forward for the means, and a forward and a backward per step for sources x ``batch_size`` inputs.
+
+    Conventions: one constant per source, the same at all positions and for all inputs; it replaces the source along all
+        its edges.
 
     Source: Li and Janson 2024, Optimal ablation for interpretability, arXiv 2409.09951, section 2.
 

@@ -61,8 +61,7 @@ def path_patching(
     first reader reads the source's replacement; what that changes in its head (or MLP) reaches the next reader alone,
     and so on: whatever is off the path reads what it does without the intervention. A head's or MLP's own name, such
     as ``"a1.h0"``, stands for all that it reads. A path that ends before the logits lets its last step's change go on
-    freely: the receivers of Wang et al. The score is m(patched) - m(clean), the mean over pairs; two forwards, and of
-    every step one head or MLP.
+    freely: the receivers of Wang et al. The score is m(patched) - m(clean), the mean over pairs.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -74,6 +73,12 @@ def path_patching(
             clean run), negative where restoring helps.
         memory_budget: Bytes that the computation may take beside the model.
         batch_size: Pairs at a time, at most.
+
+    Cost: two forwards, and of every step one head or MLP; a path that ends before the logits takes what lies behind its
+        end. No backward.
+
+    Conventions: the path is ablated in the clean run (noising) unless ``denoising`` is asked for. Below zero the path
+        supports the answer under ``logit_difference``.
 
     Source: Goldowsky-Dill et al. 2023, arXiv 2304.05969, section 2; Wang et al. 2022, arXiv 2211.00593, appendix B
         (paths that end at receivers).

@@ -63,12 +63,21 @@ def stability(
 ) -> Stability:
     """Return how far the ``n_edges`` best edges depend on which pairs were drawn; nothing is run again.
 
+    With C the n best edges by the mean score over all pairs, and C_b those by the mean over a bootstrap resample b of
+    the pairs, it is the mean over b of the Jaccard similarity abs(C & C_b) / abs(C | C_b). Two random sets of n of E
+    edges have n / (2 E - n), at the expected overlap.
+
     Args:
         circuit: With scores per pair.
         n_edges: Size of the circuits that are compared.
         absolute: Rank by the size of the score: see ``Circuit.ranking``.
         resamples: Bootstrap resamples of the pairs.
         seed: Of the resamples.
+
+    Cost: no forward and no backward: the scores per pair are drawn again.
+
+    Conventions: edges are ranked by size unless ``absolute`` is false; each resample's circuit is compared with the
+        circuit of all pairs.
 
     Source: percentile bootstrap, Efron and Tibshirani 1993, chapter 13; Jaccard 1912.
 

@@ -35,8 +35,7 @@ def subnetwork_probing(
 
     Minimises E[loss of the masked model] + ``price`` x mean over edges of P(mask > 0), with hard-concrete masks that
     start at P about 0.9. The loss is KL(model || masked model) in nats at the answer, or, with a metric, the squared
-    difference of the metric from the model's. The edges with P > 1/2 are kept; scores have no sign. It costs a
-    forward and a backward through every reader's sum per step, for ``mask_samples`` x ``batch_size`` inputs.
+    difference of the metric from the model's. The edges with P > 1/2 are kept.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -50,6 +49,13 @@ def subnetwork_probing(
         batch_size: Pairs per update.
         seed: Of masks and pairs.
         progress: Whether to show a bar.
+
+    Cost: one forward on the clean inputs, and then, at every step, a forward and a backward through every reader's sum
+        over its sources for ``mask_samples`` x ``batch_size`` inputs, and a forward on ``batch_size`` corrupt inputs
+        where those are what ablated edges carry.
+
+    Conventions: a mask of 1 is the model's own edge, 0 the ablated one. Scores are probabilities and have no sign. No
+        path is integrated.
 
     Source: Cao, Sanh and Rush 2021, arXiv 2104.03514 (probing subnetworks by hard-concrete masks); on edges with the
         activations of a corrupt run, Conmy et al. 2023, arXiv 2304.14997, appendix, and Miller et al. 2024,

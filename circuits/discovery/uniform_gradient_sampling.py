@@ -41,7 +41,7 @@ def uniform_gradient_sampling(
     their share, it is the gradient of the logit. To the loss, ``price`` x mean(p) is added. The masks of a step run
     together, ``mask_samples`` x ``batch_size`` inputs in one forward and backward. With ``optimal`` ablation one
     constant per source replaces it where it is ablated, and is trained along, starting from the source's mean. The
-    edges with p > 1/2 are kept; scores have no sign.
+    edges with p > 1/2 are kept.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -56,6 +56,13 @@ def uniform_gradient_sampling(
         batch_size: Pairs per update.
         seed: Of masks and pairs.
         progress: Whether to show a bar.
+
+    Cost: one forward on the clean inputs, and then, at every step, a forward and a backward through every reader's sum
+        over its sources for ``mask_samples`` x ``batch_size`` inputs, and a forward on ``batch_size`` corrupt inputs
+        where those are what ablated edges carry.
+
+    Conventions: a scale of 1 is the model's own edge, 0 the ablated one, and the uniform scales take neither end.
+        Scores are probabilities and have no sign.
 
     Source: Li and Janson 2024, Optimal ablation for interpretability, arXiv 2409.09951 (UGS).
 

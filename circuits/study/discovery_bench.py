@@ -22,12 +22,14 @@ from circuits.errors import BadInput, CircuitsError, CorruptRun, UnknownName
 from circuits.reference import known_circuits
 from circuits.reference.known_circuits import KNOWN_CIRCUITS, KnownCircuit
 
-FORMAT = 2
+FORMAT = 3
 N_PAIRS = 64
 SEEDS = (0, 1, 2)
 HELD_OUT = 1000
 """Added to the seed of the pairs that measure how faithful a circuit is."""
 TRUTHS = ("program", "active")
+RULED = ("eap+gim", "eap+relp")
+"""Methods that are run under gradient rules too, as METHOD+RULES."""
 MAIN = "active_precision"
 SHOWN = {
     "active_auroc": "AUROC, active",
@@ -38,8 +40,12 @@ SHOWN = {
     "cmd": "CMD",
     "stability": "stability",
     "forwards": "cost (forwards)",
+    "seconds": "cost (CPU s)",
 }
 """Columns of the summary, with their headings."""
+COSTS = ("forwards", "seconds")
+AHEAD = 0.01
+"""A difference in average precision that counts as being ahead or behind."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,26 +58,42 @@ class DiscoveryBench:
     def summary(self) -> pd.DataFrame:
         """Return each method's means over the circuits of each kind, best by active average precision first.
 
-        ``low`` and ``high`` bound the 95 % bootstrap interval over circuits of the average precision before them.
+        Columns that end in ``low`` and ``high`` bound the 95 % bootstrap interval over circuits, where there are
+        several, of the mean that they are named after.
         """
         by_circuit = self._by_circuit()
         rows = []
         for (kind, method), group in by_circuit.groupby(["kind", "method"], sort=False):
             row: dict[str, Any] = {"kind": kind, "method": method, "circuits": len(group)}
             for column, heading in SHOWN.items():
-                row[heading] = group[column].mean()
-                if column == MAIN:
-                    row["low"], row["high"] = bootstrap_interval(group[column], seed=0)
+                known = group[column].dropna()
+                row[heading] = known.mean()
+                if column not in COSTS:
+                    span = bootstrap_interval(known, seed=0) if len(known) > 1 else (float("nan"),) * 2
+                    row[f"{heading} low"], row[f"{heading} high"] = span
             rows.append(row)
         columns = ["kind", "method", "circuits"]
         shown = pd.DataFrame(rows, columns=None if rows else columns)
         return shown.sort_values(["kind", SHOWN[MAIN]], ascending=[True, False], kind="stable") if rows else shown
 
+    def shown(self) -> pd.DataFrame:
+        """Return the summary as a person reads it: every mean with its interval in one cell."""
+        summary = self.summary()
+        table = summary[["kind", "method", "circuits"]].copy()
+        for column, heading in SHOWN.items() if len(summary) else ():
+            if column in COSTS:
+                table[heading] = [f"{value:.3g}" for value in summary[heading]]
+                continue
+            rows = summary[[heading, f"{heading} low", f"{heading} high"]].to_numpy()
+            table[heading] = [_shown(*row) for row in rows]
+        return table
+
     def differences(self, reference: str = "exact") -> pd.DataFrame:
         """Return by how much the reference's active average precision exceeds each other method's, circuit by circuit.
 
         ``low`` and ``high`` bound the 95 % bootstrap interval over circuits of the mean difference; ``better`` and
-        ``worse`` count circuits on which the reference is ahead or behind by more than 0.01.
+        ``worse`` count circuits on which the reference is ahead or behind by more than 0.01, and ``better on`` names
+        the former with the difference there.
 
         Args:
             reference: A method that was run.
@@ -90,10 +112,14 @@ class DiscoveryBench:
                 by = (group[reference] - group[method]).dropna()
                 if len(by) == 0:
                     continue
-                low, high = bootstrap_interval(by, seed=0)
-                counts = {"better": int((by > 0.01).sum()), "worse": int((by < -0.01).sum())}
+                low, high = bootstrap_interval(by, seed=0) if len(by) > 1 else (float("nan"),) * 2
+                counts = {"better": int((by > AHEAD).sum()), "worse": int((by < -AHEAD).sum())}
+                ahead = by[by > AHEAD].sort_values(ascending=False, kind="stable")
+                named = ", ".join(
+                    f"{str(circuit).removeprefix(f'{kind}-')} {value:.2f}" for (_, circuit), value in ahead.items()
+                )
                 rows.append({"kind": kind, "method": method, "circuits": len(by), f"{reference} ahead by": by.mean()})
-                rows[-1] |= {"low": low, "high": high, **counts}
+                rows[-1] |= {"low": low, "high": high, **counts, "better on": named}
         return pd.DataFrame(rows)
 
     def to_frame(self) -> pd.DataFrame:
@@ -106,7 +132,7 @@ class DiscoveryBench:
         return done.groupby(["kind", "circuit", "method"], sort=False)[list(SHOWN)].mean().reset_index()
 
     def _repr_html_(self) -> str:
-        return self.summary().to_html(index=False, float_format="{:.3f}".format, na_rep="-")
+        return self.shown().to_html(index=False)
 
 
 def run_bench(
@@ -126,7 +152,8 @@ def run_bench(
     Args:
         out: Directory for ``discovery.parquet``, ``discovery.csv`` and a file per circuit, method and seed.
         circuits: Names of ``KNOWN_CIRCUITS``; None: all.
-        methods: Names of ``METHODS``; None: all, with their defaults.
+        methods: Names of ``METHODS``, with ``+gim`` or ``+relp`` under those gradient rules; None: all with their
+            defaults, and ``eap`` under either rules.
         n_pairs: Pairs that a method sees; as many others are kept for CPR and CMD.
         seeds: Of the pairs, and of the methods that draw; each is a row.
         progress: Whether to show a bar.
@@ -140,7 +167,10 @@ def run_bench(
         StorageError: the directory cannot be written.
     """
     known = _chosen("known circuit", circuits, KNOWN_CIRCUITS)
-    chosen = _chosen("discovery method", methods, discovery.METHODS)
+    ruled = [f"{name}+{rules}" for name in discovery.METHODS if "rules" in _options(name) for rules in discovery.RULES]
+    chosen = _chosen("discovery method", methods, [*discovery.METHODS, *ruled])
+    if methods is None:
+        chosen = [*discovery.METHODS, *RULED]
     if n_pairs < 2:
         raise BadInput(f"n_pairs = {n_pairs}: expected at least 2")
     if not seeds or len(set(seeds)) < len(seeds):
@@ -171,6 +201,17 @@ def _chosen(kind: str, names: Collection[str] | None, table: Collection[str]) ->
         if name not in table:
             raise UnknownName(kind, name, table)
     return wanted
+
+
+def _shown(value: float, low: float, high: float) -> str:
+    if value != value:
+        return "-"
+    return f"{value:.2f}" if low != low else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _options(method: str) -> Collection[str]:
+    """The arguments that a method takes."""
+    return inspect.signature(discovery.METHODS[method]).parameters
 
 
 def _stored(path: Path, request: dict[str, Any]) -> dict[str, Any] | None:
@@ -213,20 +254,21 @@ def _row(truth: KnownCircuit, method: str, seed: int) -> dict[str, Any]:
     if not truth.active:
         return row | {"status": "no edge is active under these pairs"}
     others = known_circuits.build(truth.name, n_pairs=n, seed=seed + HELD_OUT).pairs
-    draws = "seed" in inspect.signature(discovery.METHODS[method]).parameters
+    name, _, rules = method.partition("+")
+    options = ({"seed": seed} if "seed" in _options(name) else {}) | ({"rules": rules} if rules else {})
     try:
         start = time.process_time()
-        circuit = discovery.attribute(truth.model, truth.pairs, method=method, **({"seed": seed} if draws else {}))
+        circuit = discovery.attribute(truth.model, truth.pairs, method=name, **options)
         row["seconds"] = time.process_time() - start
         row["forwards"] = row["seconds"] / _forward_seconds(truth)
         row |= _against_truth(circuit, truth, seed)
         curve = discovery.faithfulness(truth.model, circuit, others, seed=seed)
     except CircuitsError as error:
         return row | {"status": str(error)}
-    for name in ("cpr", "cmd"):
-        row[name] = getattr(curve, name)
-        row[f"{name}_low"], row[f"{name}_high"] = getattr(curve, f"{name}_interval")
-        row[f"{name}_random"] = getattr(curve, f"{name}_random")
+    for area in ("cpr", "cmd"):
+        row[area] = getattr(curve, area)
+        row[f"{area}_low"], row[f"{area}_high"] = getattr(curve, f"{area}_interval")
+        row[f"{area}_random"] = getattr(curve, f"{area}_random")
     if circuit.per_example is not None:
         found = discovery.stability(circuit, len(truth.active), seed=seed)
         row["stability"] = found.jaccard

@@ -1,0 +1,135 @@
+"""The metric of circuits that grow edge by edge: what tells one from the next is computed, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from circuits.discovery.batches import BUDGET, Setting, patchings, setting_of
+from circuits.discovery.metrics import Metric
+from circuits.discovery.patching import Patching
+from circuits.discovery.removal import Kept, PartialRun
+from circuits.errors import BadInput
+from circuits.model import HookedModel
+from circuits.tasks.base import Pairs
+
+SUMMED = ("corrupt", "mean")
+"""Ablations that leave a stream of its usual size. What thousands of changes leave of one that is ablated to nothing is
+rounding, which a norm blows up."""
+
+
+class NestedRun(PartialRun):
+    """Some pairs' run of a model from which edges are removed in any order."""
+
+    def __init__(self, patching: Patching) -> None:
+        super().__init__(patching)
+        self.whole_z, self.whole_mlp = dict(self.z), dict(self.mlp)
+        self.places: dict[int, tuple[int, int | None]] = {}
+        source = len(self.graph.sources) - sum(len(x.W_O) + (x.mlp_out is not None) for x in self.layers)
+        for i, layer in enumerate(self.layers):
+            parts = [*range(len(layer.W_O)), *([None] if layer.mlp_out is not None else [])]
+            self.places |= {source + j: (i, part) for j, part in enumerate(parts)}
+            source += len(parts)
+
+    def _lacking(self, source: int) -> Float[Tensor, "batch pos d_model"] | None:
+        """What a source would write, if replaced, minus what it writes by now; None for nothing."""
+        change = self.patching.changes[source]
+        i, head = self.places.get(source, (0, None))
+        if source not in self.places:
+            moved = None
+        elif head is None:
+            moved = None if self.mlp[i] is self.whole_mlp[i] else self.mlp[i] - self.whole_mlp[i]
+        else:
+            now, whole = self.z[i, head], self.whole_z[i, head]
+            moved = None if now is whole else (now - whole) @ self.layers[i].W_O[head]
+        if moved is None:
+            return change if source in self.live else None
+        change = change.clone()
+        change[:, self.patching.at(i)] -= moved
+        return change
+
+    def remove(self, edges: Iterable[tuple[int, int]], kept: Kept) -> Float[Tensor, " pair"]:
+        """Remove edges, given as (reader, source), and return the metric.
+
+        ``kept`` says which edges are left. Those into a reader that leads nowhere any more need not be computed.
+        """
+        changes: dict[int, Tensor] = {}
+        for reader, source in edges:
+            fed = self.graph.feeds[reader]
+            if (fed and not kept[:, list(fed)].any()) or (change := self._lacking(source)) is None:
+                continue
+            changes[reader] = change if reader not in changes else changes[reader] + change
+        if changes:
+            self.follow({reader: change[None] for reader, change in changes.items()}, kept)
+            self.accept(1)
+        return self.metric
+
+
+def nested_metric(
+    model: HookedModel,
+    pairs: Pairs,
+    keep: Bool[Tensor, "set edge"],
+    metric: Metric,
+    *,
+    ablation: str | Mapping[str, Tensor] = "corrupt",
+    progress: bool = False,
+) -> Float[Tensor, "set pair"] | None:
+    """Return the metric of every pair in the model that keeps only some edges, for sets of which each holds the next.
+
+    As ``ablated_metric``, but from set to set only what the lost edges reach is computed again, part by part, which
+    takes about a fifth of a forward where sets differ by an edge. None where the model cannot be taken apart, in half
+    precision, and for other ablations than ``corrupt`` and ``mean``: changes are summed up, and there rounding tells.
+
+    Args:
+        model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
+        pairs: Clean and corrupt inputs.
+        keep: Which edges of ``Graph.from_model(model)`` are kept, the most first, all of them on paths to the logits
+            but for those that are in every set.
+        metric: One number per pair.
+        ablation: What the other edges carry: see ``ablated_metric``.
+        progress: Whether to show a bar.
+
+    Source: our own; on one edge removed at a time see ``acdc``.
+
+    Raises:
+        BadInput: a set has an edge that the one before lacks; and as ``ablated_metric``.
+        UnknownName: no such ablation.
+        UnsupportedModel: the model has a part that edges cannot represent.
+    """
+    if ablation not in SUMMED:
+        return None
+    if bool((keep[1:] & ~keep[:-1]).any()):
+        raise BadInput("the sets are not nested: expected each to hold the next")
+    with torch.no_grad():
+        setting = setting_of(model, pairs, metric, ablation=ablation, denoising=False, batch_size=None)
+        # In half precision thousands of small changes to one sum would add up to more than they are.
+        if setting.blocks is None or setting.sites.layers[0].W_O.dtype not in (torch.float32, torch.float64):
+            return None
+        graph = setting.sites.graph
+        source, reader = (ends.numpy() for ends in graph.ends())
+        sets = np.concatenate([np.ones((1, graph.n_edges), dtype=bool), keep.cpu().numpy()])
+        size = _pairs_at_a_time(setting)
+        out = torch.empty(len(keep), len(pairs), device=setting.pairs.clean.device)
+        with tqdm(total=len(keep) * len(pairs), desc="circuits", unit="pair", disable=not progress) as bar:
+            for rows, patching in patchings(setting, batch_size=size):
+                run = NestedRun(patching)
+                kept = graph.dense(torch.ones(graph.n_edges, dtype=torch.bool)).numpy()
+                for k in range(len(keep)):
+                    lost = (sets[k] & ~sets[k + 1]).nonzero()[0]
+                    kept[reader[lost], source[lost]] = False
+                    edges = zip(reader[lost].tolist(), source[lost].tolist(), strict=True)
+                    out[k, rows] = run.remove(edges, kept).to(out.dtype)
+                    bar.update(len(rows))
+    return out
+
+
+def _pairs_at_a_time(setting: Setting) -> int:
+    """How many pairs' runs to keep: each reader's input, what it computes, and each source's change."""
+    graph = setting.sites.graph
+    parts = 2 * len(graph.readers) + 3 * len(graph.sources)
+    return max(1, BUDGET // (parts * setting.tokens.shape[1] * setting.model.cfg.d_model * 4))

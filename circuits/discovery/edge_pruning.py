@@ -29,6 +29,7 @@ def edge_pruning(
     learning_rate: float = 0.1,
     multiplier_rate: float = 0.05,
     mask_samples: int = 2,
+    memory_budget: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = False,
@@ -52,6 +53,8 @@ def edge_pruning(
         learning_rate: Of the masks' log odds.
         multiplier_rate: Of the multipliers.
         mask_samples: Masks per update.
+        memory_budget: Bytes that the computation may take beside the model: the pairs of an update are then taken in
+            parts. None: no bound.
         batch_size: Pairs per update.
         seed: Of masks and pairs.
         progress: Whether to show a bar.
@@ -86,6 +89,7 @@ def edge_pruning(
         ],
         ablation=ablation,
         steps=steps,
+        memory_budget=memory_budget,
         batch_size=batch_size,
         seed=seed,
         progress=progress,

@@ -156,6 +156,7 @@ def activation_patching(
                 for layer, cells, found in patch(rows, patching):
                     effects[rows, layer, cells] = found.to(effects.dtype)
                     bar.update(found.shape[1])
+                del patching  # before the next one is made
     check_finite(setting, effects.flatten(1))
     check_effects(setting, effects.flatten(1))
     return ActivationPatching(over, name_of(metric), -effects if denoising else effects)

@@ -97,14 +97,8 @@ def edge_pruning(
     )
     scores = kept_probability(log_alpha.detach())
     reached = float(1 - scores.mean())
-    details = {
-        "pairs": len(pairs),
-        "changed": pairs.changed,
-        "ablation": name_of_ablation(ablation),
-        "sparsity": sparsity,
-        "expected_sparsity": reached,
-    }
-    details |= {"steps": steps, "loss": losses[-1]}
+    details = {"pairs": len(pairs), "changed": pairs.changed, "ablation": name_of_ablation(ablation)}
+    details |= {"sparsity": sparsity, "expected_sparsity": reached, "steps": steps, "loss": losses[-1]}
     name = "kl_divergence" if metric is None else name_of(metric)
     whole = torch.ones_like(scores, dtype=torch.bool)
     circuit = Circuit(sites.graph, scores, whole, "edge-pruning", name, details=details, signed=False)

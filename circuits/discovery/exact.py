@@ -134,6 +134,7 @@ def _effects(
                 effects = _at(patching, place).edge_effects(bar.update)
                 check_finite(setting, effects)
                 of_place[rows] = effects.T.to(of_place.dtype)
+            del patching  # before the next one is made
     return out
 
 

@@ -91,6 +91,7 @@ def exact_nodes(
                 )
                 for rows, patching in batches:
                     effects[rows] = patching.source_effects(bar.update).T.to(effects.dtype)
+                    del patching  # before the next one is made
     check_finite(setting, effects)
     check_effects(setting, effects)
     effects = -effects if denoising else effects

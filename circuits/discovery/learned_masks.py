@@ -156,7 +156,8 @@ class _Batch:
                 memory_budget=memory_budget,
                 kept=one.numel() * one.element_size() * len(every),
             )
-        self.reference = torch.cat([self.reference_of(rows) for rows in every.split(size)])
+        at_a_time = 256 if memory_budget is None else size
+        self.reference = torch.cat([self.reference_of(rows) for rows in every.split(at_a_time)])
         return size
 
     def reference_of(self, rows: Int[Tensor, " row"]) -> Float[Tensor, "row ..."]:

@@ -110,6 +110,7 @@ def path_patching(
         batches = patchings(setting, effect, kept=4 * len(pairs), memory_budget=memory_budget, batch_size=batch_size)
         for rows, patching in batches:
             effects[rows] = effect(patching).to(effects.dtype)
+            del patching  # before the next one is made
     check_finite(setting, effects)
     return PathEffect(tuple(path), name_of(metric), -effects if denoising else effects)
 

@@ -20,7 +20,7 @@ MARGIN = 0.85
 """Share of a given budget that is planned with: what the allocator loses between tensors, and what kernels take beside
 the tensors that they return, is not measured."""
 GROWTH = 8
-"""How many times as many pairs a rehearsal takes as the one before it."""
+"""How many times as many pairs a rehearsal takes as the one before it, at most."""
 
 
 class _Allocations(TorchDispatchMode):
@@ -86,8 +86,8 @@ def pairs_at_a_time(
 ) -> int:
     """Return how many of ``n`` pairs to take at a time.
 
-    What some pairs take is measured: one, then eight times as many, and so on, as long as that fits. As memory is at
-    most proportional to the number of pairs, what fits follows from the last.
+    What some pairs take is measured: one, then up to eight times as many, and so on. As memory is at most proportional
+    to the number of pairs, nothing that is tried exceeds the budget.
 
     Args:
         rehearse: Does what is most memory-consuming for a number of pairs, and returns what stays.
@@ -116,8 +116,8 @@ def pairs_at_a_time(
             f"takes {kept}"
         )
     while taken * most > room * size:
-        more = min(GROWTH * size, most)
-        if taken * more > room * size:
-            return max(1, room * size // taken)
+        more = min(GROWTH * size, most, room * size // max(1, taken))
+        if more < 2 * size:
+            return max(1, more)
         size, taken = more, peak_bytes(partial(rehearse, more))
     return most

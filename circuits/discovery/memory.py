@@ -16,7 +16,7 @@ from circuits.errors import BadInput
 
 BUDGET = 512 * 2**20
 """Bytes that a computation may take where no budget is given."""
-MARGIN = 0.85
+MARGIN = 0.75
 """Share of a given budget that is planned with: what the allocator loses between tensors, and what kernels take beside
 the tensors that they return, is not measured."""
 GROWTH = 8

@@ -3,11 +3,12 @@
     python benchmarks/discovery.py [--json] [--repeats N] [--growth] [--peer PYTHON]
 
 Two models with random weights, vocabulary 128, 12 positions, LayerNorm, GELU, one thread: S (2 layers, 4 heads, d 128,
-64 pairs) and M (4 layers, 8 heads, d 256, 16 pairs). A forward and the methods take turns; what is reported is the
-median, over turns, of CPU time and of its ratio to the forward of the same turn. glibc is told to keep freed memory
-(the script starts itself again with that in its environment): otherwise page faults are what is measured.
+64 pairs) and M (4 layers, 8 heads, d 256, 16 pairs). Every method has a process of its own, in which it and a forward
+take turns; what is reported is the median, over turns, of CPU time and of its ratio to the forward of the same turn,
+and what the first run added to the process's memory (``rss_mb``). glibc is told to keep freed memory: otherwise page
+faults are what is measured.
 
-``--growth`` adds models of 4, 8 and 16 layers at a fixed batch: time and memory per edge, and how a memory budget is
+``--growth`` adds models of 4, 8 and 16 layers at a fixed batch: time and memory per edge, and how memory budgets are
 kept. ``--peer`` runs auto-circuit on the same weights and pairs, in an environment of its own whose Python is given
 (``peer_auto_circuit.py`` says how to make one), and prints the ratios.
 """
@@ -30,7 +31,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from circuits.discovery import Graph, ablated_metric, acdc, eap, eap_ig_inputs, exact, kl_divergence
+from circuits.discovery import Graph, acdc, eap, eap_ig_inputs, exact, kl_divergence
 from circuits.model import ModelConfig, Transformer
 from circuits.tasks.base import Pairs
 
@@ -54,8 +55,6 @@ def pairs_of(n: int) -> Pairs:
 
 def cases(config: ModelConfig, n: int) -> dict[str, Callable[[], object]]:
     model, pairs = Transformer(config).eval(), pairs_of(n)
-    generator = torch.Generator().manual_seed(1)
-    half = torch.rand(1, Graph.from_model(model).n_edges, generator=generator) < 0.5
 
     def forward() -> None:
         with torch.no_grad():
@@ -68,7 +67,6 @@ def cases(config: ModelConfig, n: int) -> dict[str, Callable[[], object]]:
         "eap-ig-inputs": lambda: eap_ig_inputs(model, pairs, steps=5),
         "exact": lambda: exact(model, pairs),
         "acdc": lambda: acdc(model, pairs, divergence, tau=0.01),
-        "ablation of half the edges": lambda: ablated_metric(model, pairs, half),
     }
 
 
@@ -79,24 +77,26 @@ def cpu_seconds(run: Callable[[], object], calls: int) -> float:
     return (time.process_time() - start) / calls
 
 
-def rows(size: str, repeats: int) -> list[dict[str, object]]:
+METHODS = ("eap", "eap-ig-inputs", "exact", "acdc")
+
+
+def row(size: str, method: str, repeats: int) -> dict[str, object]:
+    """Cost of one method; run in a process of its own, so that its memory is not that of another."""
     runs = cases(*SIZES[size])
-    for run in runs.values():
-        run()
-    turns = [
-        {name: cpu_seconds(run, 10 if name == "forward" else 1) for name, run in runs.items()} for _ in range(repeats)
-    ]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return [
-        {
-            "size": size,
-            "method": name,
-            "forwards": round(statistics.median(turn[name] / turn["forward"] for turn in turns), 2),
-            "cpu_s": round(statistics.median(turn[name] for turn in turns), 5),
-            "rss_mb": round(peak),
-        }
-        for name in runs
-    ]
+    forward, run = runs["forward"], runs[method]
+    forward()
+    before = resident()
+    run()
+    # the heap is kept, so that what it grew to is still there
+    grown = resident() - before
+    turns = [(cpu_seconds(forward, 10), cpu_seconds(run, 1)) for _ in range(repeats)]
+    return {
+        "size": size,
+        "method": method,
+        "forwards": round(statistics.median(spent / one for one, spent in turns), 2),
+        "cpu_s": round(statistics.median(spent for _, spent in turns), 5),
+        "rss_mb": round(grown / 2**20, 1),
+    }
 
 
 def peer_rows(size: str, python: str) -> list[dict[str, object]]:
@@ -113,7 +113,10 @@ def peer_rows(size: str, python: str) -> list[dict[str, object]]:
         path = Path(folder) / "model.safetensors"
         save_file({k: t.contiguous() for k, t in tensors.items()}, path, metadata={"sizes": json.dumps(sizes)})
         script = Path(__file__).with_name("peer_auto_circuit.py")
-        said = subprocess.run([python, str(script), str(path)], capture_output=True, text=True, check=False)
+        environment = {**os.environ, **HEAP}
+        said = subprocess.run(
+            [python, str(script), str(path)], capture_output=True, text=True, check=False, env=environment
+        )
     if said.returncode:
         raise SystemExit(f"auto-circuit could not be run:\n{said.stderr[-2000:]}")
     found = json.loads(said.stdout.strip().splitlines()[-1])
@@ -164,7 +167,11 @@ def growth_rows(n_layers: int) -> list[dict[str, object]]:
         forward = statistics.median(cpu_seconds(lambda: model(pairs.clean), 5) for _ in range(5))
     rows: list[dict[str, object]] = []
     budget = 256 * 2**20
-    runs: dict[str, Callable[[], object]] = {"eap": lambda: eap(model, pairs)}
+    small = 64 * 2**20
+    runs: dict[str, Callable[[], object]] = {
+        "eap": lambda: eap(model, pairs),
+        "eap, budget 64 MB": lambda: eap(model, pairs, memory_budget=small),
+    }
     if n_layers <= 8:
         runs["exact"] = lambda: exact(model, pairs)
         runs["exact, budget 256 MB"] = lambda: exact(model, pairs, memory_budget=budget)
@@ -186,12 +193,11 @@ def growth_rows(n_layers: int) -> list[dict[str, object]]:
     return rows
 
 
-def in_a_process(n_layers: int) -> list[dict[str, object]]:
-    """Growth rows from a process of their own, so that one size's memory is not the next one's."""
-    # without the kept heap: memory that is given back must be seen to be
-    plain = {name: value for name, value in os.environ.items() if name not in HEAP}
-    call = [sys.executable, __file__, "--growth-of", str(n_layers)]
-    said = subprocess.run(call, capture_output=True, text=True, check=True, env=plain)
+def in_a_process(arguments: list[str], heap: dict[str, str]) -> list[dict[str, object]]:
+    """Rows from a process of their own, so that one's memory is not the next one's."""
+    environment = {name: value for name, value in os.environ.items() if name not in HEAP} | heap
+    call = [sys.executable, __file__, *arguments]
+    said = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     found: list[dict[str, object]] = json.loads(said.stdout)
     return found
 
@@ -203,18 +209,24 @@ def main() -> None:
     parser.add_argument("--growth", action="store_true", help="also models of 4, 8 and 16 layers")
     parser.add_argument("--peer", metavar="PYTHON", help="Python of an environment with auto-circuit")
     parser.add_argument("--growth-of", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.growth_of:
         print(json.dumps(growth_rows(arguments.growth_of)))
         return
-    if any(os.environ.get(name) != value for name, value in HEAP.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **HEAP})
-    found = [row for size in SIZES for row in rows(size, arguments.repeats)]
+    if arguments.row:
+        print(json.dumps([row(*arguments.row, arguments.repeats)]))
+        return
+    repeats = ["--repeats", str(arguments.repeats)]
+    found = [
+        one for size in SIZES for method in METHODS for one in in_a_process(["--row", size, method, *repeats], HEAP)
+    ]
     if arguments.peer:
-        found += [row for size in SIZES for row in peer_rows(size, arguments.peer)]
+        found += [one for size in SIZES for one in peer_rows(size, arguments.peer)]
     if arguments.growth:
-        found += [row for n_layers in (4, 8, 16) for row in in_a_process(n_layers)]
+        # without the kept heap: memory that is given back must be seen to be
+        found += [one for n_layers in (4, 8, 16) for one in in_a_process(["--growth-of", str(n_layers)], {})]
     if arguments.json:
         print(json.dumps({"rows": found}))
     else:

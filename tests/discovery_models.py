@@ -156,6 +156,9 @@ def planted() -> Transformer:
     return model.eval()
 
 
+NO_GPTJ_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
 def hugging_face(architecture: str) -> Any:
     """A tiny randomly initialised model of ``transformers`` behind a bridge: no download, no tokenizer."""
     import transformers
@@ -167,6 +170,10 @@ def hugging_face(architecture: str) -> Any:
         "GPT2": lambda: transformers.GPT2Config(**shared, n_positions=8, n_embd=8, n_layer=2, n_head=2),
         "GPTNeoX": lambda: transformers.GPTNeoXConfig(**shared, **sizes, num_attention_heads=2),
         "Llama": lambda: transformers.LlamaConfig(**shared, **sizes, num_attention_heads=4, num_key_value_heads=2),
+        "GPTJ": lambda: transformers.GPTJConfig(
+            **shared, n_positions=8, n_embd=16, n_layer=2, n_head=2, rotary_dim=4, **NO_GPTJ_DROPOUT
+        ),
+        "Phi": lambda: transformers.PhiConfig(**shared, **sizes, num_attention_heads=2),
     }[architecture]()
     name = {"GPT2": "GPT2LMHeadModel"}.get(architecture, f"{architecture}ForCausalLM")
     with torch.random.fork_rng():
@@ -175,7 +182,7 @@ def hugging_face(architecture: str) -> Any:
     return build_bridge_from_module(jitter(model), architecture=name, hf_config=config)
 
 
-SHAPES = [*VARIANTS, "constant-uniform", "native", "GPT2", "GPTNeoX", "Llama"]
+SHAPES = [*VARIANTS, "constant-uniform", "native", "GPT2", "GPTNeoX", "Llama", "GPTJ", "Phi"]
 shapes = pytest.mark.parametrize("shape", SHAPES)
 
 
@@ -193,10 +200,18 @@ def hooks_into(model: Any, reader: str, change: Tensor) -> list[Any]:
     """Hooks by which one reader sees ``change`` more; by the model's own norm and weights."""
     if reader == "logits":
         return [(f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", lambda x, hook: x + change)]
-    if reader.startswith("m"):
-        names = (f"blocks.{reader[1:]}.ln2.hook_in", f"blocks.{reader[1:]}.hook_mlp_in")
-        return [(next(name for name in names if name in model.hook_dict), lambda x, hook: x + change)]
     seen: dict[str, Tensor] = {}
+    if reader.startswith("m"):
+        block = f"blocks.{reader[1:]}"
+        names = (f"{block}.ln2.hook_in", *([f"{block}.hook_mlp_in"] if isinstance(model, Transformer) else []))
+        name = next((name for name in names if name in model.hook_dict), None)
+        if name is not None:
+            return [(name, lambda x, hook: x + change)]
+        ln1 = model.blocks[int(reader[1:])].ln1.original_component  # the MLP reads the norm of attention
+        return [
+            (f"{block}.hook_resid_pre", lambda x, hook: seen.update(x=x)),
+            (f"{block}.mlp.hook_in", lambda x, hook: ln1(seen["x"] + change)),
+        ]
     part, head, kind = reader.split(".")
     block, index = model.blocks[int(part[1:])], int(head.lstrip("hkv"))
     norm = getattr(block.ln1, "original_component", block.ln1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from circuits import discovery
 from circuits.discovery import Graph, acdc, kl_divergence, logit_difference, squared_error
+from circuits.discovery.batches import setting_of
+from circuits.discovery.removal import reproducible_metric
 from circuits.errors import BadInput, UnsupportedModel
 from circuits.tasks.base import Pairs
 
@@ -75,29 +78,73 @@ def test_decisions_do_not_depend_on_how_many_are_tried_at_a_time(tau: float) -> 
     assert one.details["tried"] <= one.graph.n_edges - 22  # nothing comes in at the position embedding
 
 
+def thresholds(model: Any, pairs: Pairs, metric: Any) -> list[float]:
+    """Thresholds at which rounding alone would decide: effects that were measured, and their neighbours in float32."""
+    first = acdc(model, pairs, metric, tau=0.02)
+    assert first.per_example is not None
+    effects = first.per_example.double().mean(0)
+    order = [i for i in effects.argsort(descending=True).tolist() if effects[i] > 1e-3]
+    measured = [float(effects[i]) for i in (order[0], order[len(order) // 2])]
+    return [*measured, float(torch.nextafter(torch.tensor(measured[0]), torch.tensor(0.0)))]
+
+
+@pytest.mark.parametrize(("shape", "kind"), [("layer-norm", "kl"), ("layer-norm", "logits"), ("Llama", "kl")])
+def test_a_threshold_set_exactly_at_an_effect_gives_one_answer(shape: str, kind: str) -> None:
+    model, pairs = (build() if shape == "layer-norm" else hugging_face(shape)), some_pairs(11)
+    metric = kl_divergence(model, pairs) if kind == "kl" else logit_difference
+    for tau in thresholds(model, pairs, metric):
+        one = acdc(model, pairs, metric, tau=tau)
+        for options in ({"batch_size": 1}, {"batch_size": 4, "speculate": 3}, {"memory_budget": 500_000}):
+            other = acdc(model, pairs, metric, tau=tau, **options)
+            assert torch.equal(one.kept, other.kept), (tau, options)
+
+
+def test_a_reproducible_run_is_the_same_to_the_last_bit() -> None:
+    model, pairs = build(), some_pairs(19)
+    keep = torch.rand(61, generator=torch.Generator().manual_seed(0)) < 0.6
+    found = []
+    for batch_size in (1, 5, None):
+        setting = setting_of(model, pairs, logit_difference, ablation="corrupt", denoising=False, batch_size=batch_size)
+        with torch.no_grad():
+            found.append(reproducible_metric(setting, keep))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    with torch.no_grad():
+        together = discovery.ablated_metric(model, pairs, keep[None])[0]
+    assert close(found[0], together, 1e-5)
+
+
+SCRIPT = """
+import json, sys, torch
+torch.set_num_threads(int(sys.argv[1]))
+from discovery_models import build, some_pairs
+from circuits.discovery import acdc, kl_divergence
+model, pairs = build('layer-norm', d_model=64, d_mlp=256), some_pairs(20)
+metric = kl_divergence(model, pairs)
+options = json.loads(sys.argv[2])
+kept = [acdc(model, pairs, metric, tau=tau, **options).kept.tolist() for tau in json.loads(sys.argv[3])]
+print(json.dumps(kept), torch.get_num_threads())
+"""
+
+
 def test_decisions_do_not_depend_on_threads_or_hash_seed() -> None:
-    script = (
-        "import sys, torch; torch.set_num_threads(int(sys.argv[1]));"
-        "from discovery_models import build, some_pairs;"
-        "from circuits.discovery import acdc, kl_divergence;"
-        "model, pairs = build('layer-norm'), some_pairs(6);"
-        "c = acdc(model, pairs, kl_divergence(model, pairs), tau=0.001, batch_size=int(sys.argv[2]));"
-        "print(c.n_kept, ''.join(str(int(k)) for k in c.kept))"
-    )
+    model, pairs = build("layer-norm", d_model=64, d_mlp=256), some_pairs(20)
+    taus = [0.02, *thresholds(model, pairs, kl_divergence(model, pairs))[:2]]
     runs = []
-    for threads, batch, seed in (("1", "6", "0"), ("2", "2", "random")):
+    for threads, options, seed in (("1", {}, "0"), ("2", {"batch_size": 9}, "1"), ("2", {"speculate": 3}, "random")):
         path = os.pathsep.join([str(HERE), str(HERE.parent)])
-        runs.append(
-            subprocess.Popen(
-                [sys.executable, "-c", script, threads, batch],
-                env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        )
-    printed = {run.communicate(timeout=100)[0] for run in runs}
-    assert len(printed) == 1 and all(run.returncode == 0 for run in runs)
-    assert 3 < int(printed.pop().split()[0]) < 58
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path}
+        environment.pop("OMP_NUM_THREADS", None)
+        call = [sys.executable, "-c", SCRIPT, threads, json.dumps(options), json.dumps(taus)]
+        runs.append((threads, subprocess.Popen(call, env=environment, stdout=subprocess.PIPE, text=True)))
+    kept = []
+    for threads, run in runs:
+        printed = run.communicate(timeout=300)[0].rsplit(maxsplit=1)
+        assert run.returncode == 0
+        kept.append(json.loads(printed[0]))
+        # as many threads as before: none was left at one
+        assert printed[1] == threads
+    assert kept[0] == kept[1] == kept[2]
+    assert 3 < sum(kept[0][0]) < 58
 
 
 @pytest.mark.parametrize("shape", ["layer-norm", "Llama"])

@@ -73,7 +73,7 @@ def test_half_precision_scores_are_near_the_full_ones() -> None:
 METRICS: Mapping[str, tuple[Callable[..., Any], str]] = {
     "constant": (lambda logits, pairs: torch.ones(len(pairs)), "does not depend on the logits"),
     "detached": (lambda logits, pairs: logits.detach()[:, 0], "does not depend on the logits"),
-    "flat": (lambda logits, pairs: 0 * logits[:, 0], "zero at the clean inputs: all scores would be zero"),
+    "flat": (lambda logits, pairs: 0 * logits[:, 0], "zero gradient at the clean point: scores would all be zero"),
     "scalar": (lambda logits, pairs: logits.mean(), "expected one number for each of 4 pairs"),
     "infinite": (lambda logits, pairs: (logits[:, 0] * 0).sqrt(), "not finite although its source is"),
 }

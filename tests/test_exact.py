@@ -56,9 +56,9 @@ def test_every_edge_equals_a_loop_that_patches_one_at_a_time(shape: str) -> None
     assert ("kv" in str(circuit.graph.readers)) == (shape == "Llama")
 
 
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "Llama"])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape not in ("Llama", "GPTJ", "Phi")])
 def test_in_double_precision_no_edge_however_small_is_off(shape: str) -> None:
-    # The norm of a Llama model computes in single precision whatever the model's own.
+    # The norm of a Llama model and the attention of the other two compute in single precision whatever the model's own.
     model, pairs = model_of(shape).double(), some_pairs(4)
     expected = one_at_a_time(model, pairs).T
     circuit = exact(model, pairs)
@@ -131,7 +131,7 @@ def test_batches_and_budgets_do_not_change_the_scores(shape: str) -> None:
     model, pairs = model_of(shape), some_pairs(5)
     expected = exact(model, pairs)
     assert expected.per_example is not None
-    for options in ({"batch_size": 1}, {"batch_size": 2}, {"memory_budget": 60_000}, {"memory_budget": 10**9}):
+    for options in ({"batch_size": 1}, {"batch_size": 2}, {"memory_budget": 150_000}, {"memory_budget": 10**9}):
         got = exact(model, pairs, **options).per_example
         assert got is not None and close(got, expected.per_example, 1e-5), options
 
@@ -223,7 +223,7 @@ def test_distances_from_the_clean_output_are_metrics(factory: Any) -> None:
     assert float(metric(clean, pairs).abs().max()) < 1e-6
     circuit = exact(model, pairs, metric)
     assert circuit.metric == factory.__name__ and float(circuit.scores.min()) > -1e-6
-    with pytest.raises(BadInput, match="scores would be zero"):
+    with pytest.raises(BadInput, match="scores would all be zero"):
         discovery.eap(model, pairs, metric)
     with pytest.raises(BadInput, match=r"knows no clean output for tokens \[0, 0, 0, 0\]"):
         metric(clean, replace(pairs, clean=torch.zeros_like(pairs.clean)))

@@ -162,7 +162,7 @@ def test_metrics_without_gradient_are_refused_by_name() -> None:
         return torch.zeros(len(pairs))
 
     for method in ("eap-ig-activations", "clean-corrupted", "mask-gradient", "mask-ig", "hisp"):
-        with pytest.raises(BadInput, match="flat is zero"):
+        with pytest.raises(BadInput, match="flat has zero gradient"):
             discovery.attribute(build(), some_pairs(), method=method, metric=flat)
         with pytest.raises(BadInput, match="constant does not depend on the logits"):
             discovery.attribute(build(), some_pairs(), method=method, metric=constant)

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from circuits.discovery.activations import Store, head_outputs, neuron_outputs, source_values
-from circuits.discovery.sites import Layer, Neurons, Sites
+from circuits.discovery.memory import pairs_at_a_time
+from circuits.discovery.sites import Layer, Neurons, Norm, Sites
 from circuits.errors import BadInput, UnknownName
 from circuits.model import Hook, HookedModel
 from circuits.tasks.base import Pairs
@@ -56,6 +57,34 @@ def replacement(
             part = value.sum(0, keepdim=True)
             totals[name] = totals[name] + part if name in totals else part
     return {name: total / len(pairs) for name, total in totals.items()}
+
+
+def shared_replacement(
+    model: HookedModel,
+    sites: Sites,
+    pairs: Pairs,
+    ablation: str | Mapping[str, Tensor],
+    *,
+    memory_budget: int | None = None,
+    batch_size: int | None = None,
+) -> Store | None:
+    """Return the replacements that all pairs have in common, found within a budget; None where each has its own.
+
+    Raises:
+        UnknownName: no such ablation.
+        BadInput: constants are given, but not for every source; or the budget does not hold one pair.
+    """
+    if isinstance(ablation, str) and ablation == "corrupt":
+        return None
+    size = None
+    if isinstance(ablation, str) and ablation == "mean":
+        size = pairs_at_a_time(
+            lambda n: source_values(model, sites, pairs.clean[:n]),
+            min(len(pairs), 256),
+            memory_budget=memory_budget,
+            batch_size=batch_size,
+        )
+    return replacement(model, sites, pairs, ablation, batch_size=size)
 
 
 def name_of_ablation(ablation: str | Mapping[str, Tensor]) -> str:
@@ -147,7 +176,8 @@ class _Correction:
             source += layer.W_O.shape[0]
             if layer.mlp_in is not None and layer.mlp_out is not None:
                 name = layer.mlp_out if layer.neurons is None else layer.neurons.post
-                hooks += [(layer.mlp_in, self._reads(reader)), (name, self._wrote(source, name, layer.neurons))]
+                reads = self._reads(reader, layer.norm if layer.shares_norm else None)
+                hooks += [(layer.mlp_in, reads), (name, self._wrote(source, name, layer.neurons))]
                 source, reader = source + layer.n_mlp_sources, reader + 1
         return [*hooks, (self.sites.final, self._reads(reader))]
 
@@ -196,11 +226,15 @@ class _Correction:
 
         return hook
 
-    def _reads(self, reader: int) -> Callable[..., Tensor | None]:
-        """Change the input of an MLP or of the logits."""
+    def _reads(self, reader: int, norm: Norm | None = None) -> Callable[..., Tensor | None]:
+        """Change the input of an MLP or of the logits; with a norm, where the hook lies behind that."""
 
         def hook(tensor: Tensor, *, hook: Any) -> Tensor | None:
             change = self._change(reader, reader + 1)
-            return None if change is None else tensor + change.reshape(tensor.shape)
+            if change is None:
+                return None
+            if norm is None:
+                return tensor + change.reshape(tensor.shape)
+            return norm(self.stream + change.reshape(self.stream.shape)).to(tensor.dtype)
 
         return hook

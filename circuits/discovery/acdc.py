@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,15 +11,26 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.discovery.activations import source_values
-from circuits.discovery.batches import Ablation, Setting, fitting, patchings, setting_of
+from circuits.discovery.batches import Ablation, Setting, patched_at_a_time, patchings_of, setting_of
 from circuits.discovery.circuit import Circuit
-from circuits.discovery.exact import check_effects
+from circuits.discovery.exact import check_effects, check_finite
+from circuits.discovery.memory import pairs_at_a_time, peak_bytes
 from circuits.discovery.metrics import Metric, is_distance, logit_difference, name_of
-from circuits.discovery.removal import Kept, PartialRun, Removal, WholeRun
+from circuits.discovery.removal import (
+    AT_A_TIME,
+    Kept,
+    PartialRun,
+    Removal,
+    WholeRun,
+    masked_metric,
+    reproducible_metric,
+)
 from circuits.errors import BadInput
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
+
+TIE = 128 * torch.finfo(torch.float32).eps
+"""How near to the threshold, in the size of logits and metric, a change may be moved across it by rounding."""
 
 
 def acdc(
@@ -55,7 +67,9 @@ def acdc(
         speculate: How many edges of one reader to try at a time, each with those before it removed, in the hope that
             all can go. The first that cannot ends the round, and what lies behind it is tried again: the decisions are
             those of one at a time. It pays on a GPU; on a CPU rows that are thrown away cost more than calls.
-        memory_budget: Bytes that the activations of a batch of pairs may take.
+        memory_budget: Bytes that the computation may take beside the model, its result included. Where what every part
+            computes on all pairs does not fit, whole forwards are run for every edge, some pairs at a time. None: no
+            bound.
         batch_size: Pairs at a time, at most. All pairs take part in every decision.
         progress: Whether to show a bar.
 
@@ -70,10 +84,12 @@ def acdc(
         removal reaches, are our own.
 
     Fails when: two edges stand in for each other: the one visited first goes and the other stays, whichever did the
-    work; and ``tau`` near a removal's true change, where rounding decides.
+    work. A removal whose change is within rounding of ``tau`` is decided by a run of fixed shape on one thread, so that
+    batches and threads do not decide it; of a metric that jumps, such as accuracy, rounding can still move a pair.
 
     Raises:
-        BadInput: ``tau`` or ``speculate`` is out of range, the pairs do not line up, or a source is not finite.
+        BadInput: ``tau`` or ``speculate`` is out of range, the pairs do not line up, a source is not finite, or the
+            budget does not hold a single pair.
         UnknownName: no such ablation.
         UnsupportedModel: the model has a part that edges cannot represent.
     """
@@ -82,35 +98,62 @@ def acdc(
     if speculate < 1:
         raise BadInput(f"speculate = {speculate}: expected at least 1")
     with torch.no_grad():
-        setting = setting_of(model, pairs, metric, ablation=ablation, denoising=False, batch_size=batch_size)
-        runs = list(_runs(setting, memory_budget, batch_size))
+        setting = setting_of(
+            model,
+            pairs,
+            metric,
+            ablation=ablation,
+            denoising=False,
+            memory_budget=memory_budget,
+            batch_size=batch_size,
+        )
+        runs, why_whole = _runs(setting, speculate, memory_budget, batch_size)
         with tqdm(total=setting.sites.graph.n_edges, desc="acdc", unit="edge", disable=not progress) as bar:
             kept, change, tried = _decide(setting, runs, tau, speculate, bar)
+    check_finite(setting, change)
     check_effects(setting, change, moved=bool(kept.any()))
     graph = setting.sites.graph
     source, reader = graph.ends()
     weight = change.mean(0).clamp(min=0).sign() if is_distance(metric) else change.mean(0).sign()
     details = setting.details(ablation) | {"tau": tau, "tried": tried}
+    details |= {"whole_forwards_because": why_whole} if why_whole else {}
     keep = torch.from_numpy(kept)[reader, source].to(change.device)
-    per_example = change * weight
-    return Circuit(graph, per_example.mean(0), keep, "acdc", name_of(metric), per_example, details, signed=False)
+    change.mul_(weight)
+    return Circuit(graph, change.mean(0), keep, "acdc", name_of(metric), change, details, signed=False)
 
 
-def _runs(setting: Setting, memory_budget: int | None, batch_size: int | None) -> Sequence[tuple[Tensor, Removal]]:
-    """Return the pairs' numbers and their run, batch by batch."""
-    pairs = setting.pairs
+def _runs(
+    setting: Setting, speculate: int, memory_budget: int | None, batch_size: int | None
+) -> tuple[Sequence[tuple[Tensor, Removal]], str]:
+    """Return the pairs' numbers and their run, batch by batch, and why whole forwards are run, if they are."""
+    n, n_edges, device = len(setting.pairs), setting.sites.graph.n_edges, setting.pairs.clean.device
+    every = torch.ones(n_edges, dtype=torch.bool, device=device)
+    kept = 4 * n * n_edges
+    if memory_budget is not None:
+        kept += peak_bytes(lambda: reproducible_metric(setting, every, pairs=min(n, AT_A_TIME)))
+    why = setting.why_whole
     if setting.blocks is not None:
-        found = patchings(setting, memory_budget=memory_budget, batch_size=batch_size)
-        return [(rows, PartialRun(patching)) for rows, patching in found]
-    runs: list[tuple[Tensor, Removal]] = []
-    for rows in torch.arange(len(pairs), device=pairs.clean.device).split(batch_size or len(pairs)):
-        part = pairs.take(rows)
-        if setting.replaced is None:
-            replaced = source_values(setting.model, setting.sites, part.corrupt)
-        else:
-            replaced = {name: fitting(t, rows, pairs.clean.shape[1]) for name, t in setting.replaced.items()}
-        runs.append((rows, WholeRun(setting.model, setting.sites, setting.metric, part, replaced)))
-    return runs
+        fits = n
+        if memory_budget is not None:
+            fits = patched_at_a_time(
+                setting,
+                lambda patching: PartialRun(patching).rehearse(speculate),
+                kept=kept,
+                memory_budget=memory_budget,
+                batch_size=None,
+            )
+        if fits >= n:
+            batches = patchings_of(setting, batch_size or n, memory_budget)
+            return [(rows, PartialRun(patching)) for rows, patching in batches], ""
+        why = f"what every part computes on {n} pairs does not fit the memory budget"
+    size = pairs_at_a_time(
+        lambda m: masked_metric(setting, torch.arange(m, device=device), every.expand(speculate, -1)),
+        n,
+        memory_budget=memory_budget,
+        kept=kept,
+        batch_size=batch_size,
+    )
+    return [(torch.arange(n, device=device), WholeRun(setting, size))], why
 
 
 def _decide(
@@ -123,6 +166,8 @@ def _decide(
     first = np.cumsum((0, *graph.visible))
     onwards = np.zeros_like(kept)
     live = frozenset().union(*(run.live for _, run in runs))
+    tie = TIE * max(run.scale for _, run in runs)
+    order = torch.cat([rows for rows, _ in runs])
     tried = 0
     for reader in reversed(range(len(graph.readers))):
         feeds = graph.feeds[reader]
@@ -136,16 +181,41 @@ def _decide(
             before = torch.cat([run.metric for _, run in runs])
             after = torch.cat([run.propose(reader, sources, onwards) for _, run in runs], 1)
             steps = after - torch.cat([before[None], after[:-1]])
-            mean = steps.double().mean(1)
-            goes = (mean if is_distance(setting.metric) else mean.abs()) < tau
-            n = int(goes.long().cumprod(0).sum())
+            n = 0
+            for k in range(len(sources)):
+                size = _size(setting, steps[k])
+                if abs(size - tau) <= tie + TIE * float(after[k].abs().mean()):
+                    steps[k] = _reproducible_step(setting, kept, reader, sources[: k + 1])[order]
+                    size = _size(setting, steps[k])
+                if size >= tau:
+                    break
+                n += 1
             for _, run in runs:
                 run.accept(n)
             seen = sources[: n + 1]
             for k, u in enumerate(seen):
                 kept[reader, u] = k >= n
-                change[torch.cat([rows for rows, _ in runs]), first[reader] + u] = steps[k].to(change.dtype)
+                change[order, first[reader] + u] = steps[k].to(change.dtype)
             waiting = waiting[len(seen) :]
             bar.update(len(seen))
         onwards[reader] = kept[reader]
     return kept, change, tried
+
+
+def _size(setting: Setting, step: Float[Tensor, " pair"]) -> float:
+    """Return what is compared with the threshold, the same whatever the order of the pairs."""
+    mean = math.fsum(step.tolist()) / len(step)
+    return mean if is_distance(setting.metric) else abs(mean)
+
+
+def _reproducible_step(setting: Setting, kept: Kept, reader: int, sources: Sequence[int]) -> Float[Tensor, " pair"]:
+    """Return what removing the last of some edges into a reader changes, with the others removed, in pairs' order."""
+    ends = setting.sites.graph.ends()
+    masks = [kept.copy(), kept.copy()]
+    masks[0][reader, list(sources[:-1])] = False
+    masks[1][reader, list(sources)] = False
+    device = setting.pairs.clean.device
+    before, after = (
+        reproducible_metric(setting, torch.from_numpy(mask)[ends[1], ends[0]].to(device)) for mask in masks
+    )
+    return after - before

@@ -15,7 +15,7 @@ from circuits.discovery.ablate import ABLATIONS
 from circuits.discovery.batches import Setting, patchings, setting_of
 from circuits.discovery.blocks import activations_at, same
 from circuits.discovery.circuit import mean_interval
-from circuits.discovery.exact import check_effects
+from circuits.discovery.exact import check_effects, check_finite
 from circuits.discovery.metrics import Metric, logit_difference, name_of
 from circuits.discovery.patching import Patching
 from circuits.errors import UnknownName, UnsupportedModel
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-Rows = Int[Tensor, " row"]
+Rows = Int[Tensor, " row"] | slice
 Parts = Iterator[tuple[int, slice, Float[Tensor, "pair cell"]]]
 """A layer, the cells of it that were patched, and their effects."""
 
@@ -107,7 +107,8 @@ def activation_patching(
             inputs; ``zero``, nothing. Of a stream, this is said of everything written there but the biases.
         denoising: Restore the place in the corrupt run instead: m(corrupt run) - m(corrupt run with the place from the
             clean run), negative where restoring helps.
-        memory_budget: Bytes that the computation may take beside the model.
+        memory_budget: Bytes that the computation may take beside the model, its result included, from which the
+            batches follow by what a few pairs are measured to take; None: 512 MB beside the result.
         batch_size: Pairs at a time, at most.
         progress: Whether to show a bar.
 
@@ -134,17 +135,34 @@ def activation_patching(
     if ablation not in ABLATIONS:
         raise UnknownName("ablation", ablation, ABLATIONS)
     with torch.no_grad():
-        setting = setting_of(model, pairs, metric, ablation=ablation, denoising=denoising, batch_size=batch_size)
+        setting = setting_of(
+            model,
+            pairs,
+            metric,
+            ablation=ablation,
+            denoising=denoising,
+            memory_budget=memory_budget,
+            batch_size=batch_size,
+        )
         if setting.blocks is None:
             raise UnsupportedModel(f"activation patching runs the model part by part: {setting.why_whole}")
         n_cells, patch = SWEEPS[over](setting, ablation)
         shape = (len(pairs), len(setting.sites.layers), n_cells)
         effects = torch.zeros(shape, device=setting.pairs.clean.device)
         with tqdm(total=None, desc=f"patching {over}", unit="place", disable=not progress) as bar:
-            for rows, patching in patchings(setting, memory_budget=memory_budget, batch_size=batch_size):
+            batches = patchings(
+                setting,
+                lambda patching: [found for _, _, found in patch(slice(len(patching.base)), patching)],
+                kept=4 * effects.numel(),
+                memory_budget=memory_budget,
+                batch_size=batch_size,
+            )
+            for rows, patching in batches:
                 for layer, cells, found in patch(rows, patching):
                     effects[rows, layer, cells] = found.to(effects.dtype)
                     bar.update(found.shape[1])
+                del patching  # before the next one is made
+    check_finite(setting, effects.flatten(1))
     check_effects(setting, effects.flatten(1))
     return ActivationPatching(over, name_of(metric), -effects if denoising else effects)
 
@@ -191,8 +209,7 @@ def _neurons(setting: Setting, ablation: str) -> tuple[int, Patch]:
         weights.append(_output_weights(setting, i, names[-1]))
     means = None
     if ablation == "mean":
-        sums = [activations_at(model, names, part)[0] for part in setting.pairs.clean.split(256)]
-        means = {name: torch.cat([one[name] for one in sums]).mean(0, keepdim=True) for name in names}
+        means = _means(setting, names)
 
     def patch(rows: Rows, patching: Patching) -> Parts:
         length = patching.stream(0).shape[1]
@@ -208,6 +225,16 @@ def _neurons(setting: Setting, ablation: str) -> tuple[int, Patch]:
                 yield i, span, patching.after_block(i, written).T
 
     return len(weights[0]), patch
+
+
+def _means(setting: Setting, names: list[str]) -> dict[str, Tensor]:
+    """Return the mean over the clean inputs of some activations, position by position."""
+    totals: dict[str, Tensor] = {}
+    for tokens in setting.pairs.clean.split(32):
+        for name, value in activations_at(setting.model, names, tokens)[0].items():
+            part = value.sum(0, keepdim=True)
+            totals[name] = totals[name] + part if name in totals else part
+    return {name: total / len(setting.pairs) for name, total in totals.items()}
 
 
 def _output_weights(setting: Setting, i: int, post: str) -> Float[Tensor, "neuron d_model"]:

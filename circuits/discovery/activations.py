@@ -51,8 +51,8 @@ def gradients(
     at: Sequence[str],
     replaced: Mapping[str, Tensor] | None = None,
     rules: GradientRules | None = None,
-) -> tuple[Store, Store]:
-    """Return the activations of a run, and the gradient of each example's metric at the hooks ``at``.
+) -> tuple[Store, Store, Tensor]:
+    """Return a run's activations, the gradient of each example's metric at the hooks ``at``, and the logits.
 
     Gradients are taken on activations only: no parameter's gradient is computed or touched.
 
@@ -98,7 +98,8 @@ def gradients(
         # Where an activation is put in place, what lies before it has no gradient to rule.
         rewriting.check(name for name, gradient in zip(at, found, strict=True) if gradient is None)
     values = {name: tensor.detach() for name, tensor in store.items()}
-    return values, {n: torch.zeros_like(values[n]) if g is None else g for n, g in zip(at, found, strict=True)}
+    grads = {n: torch.zeros_like(values[n]) if g is None else g for n, g in zip(at, found, strict=True)}
+    return values, grads, logits.detach()
 
 
 def _keep(store: Store, name: str) -> Callable[..., None]:
@@ -192,3 +193,23 @@ def reader_gradients(
             block.addcmul_(along.flatten(0, 1).T[..., None], standardised.view(1, n, d_model), value=-1)
         at += count
     return out.view(-1, *x.shape)
+
+
+def mlp_gradient(
+    sites: Sites, i: int, values: Mapping[str, Tensor], grads: Mapping[str, Tensor]
+) -> Float[Tensor, "1 batch pos d_model"]:
+    """Return the gradient at the residual input of the MLP of layer ``i``, as ``reader_gradients`` does for heads."""
+    layer = sites.layers[i]
+    assert layer.mlp_in is not None
+    grad = grads[layer.mlp_in]
+    if not layer.shares_norm or layer.norm.kind is None:
+        return grad[None]
+    x = values[layer.resid]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    standardised, inverse = layer.norm.standardise(x.to(dtype))
+    t = grad.to(dtype) * inverse
+    t = t if layer.norm.weight is None else t * layer.norm.weight
+    t = t - t.mean(-1, keepdim=True) if layer.norm.kind == "LN" else t
+    if not layer.norm.frozen:
+        t = t - standardised * (standardised * t).mean(-1, keepdim=True)
+    return t[None]

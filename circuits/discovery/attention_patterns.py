@@ -75,6 +75,7 @@ def attention_patterns(
     *,
     steps: int = 1,
     rules: GradientRules | str | None = None,
+    memory_budget: int | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> PatternAttribution:
@@ -90,7 +91,8 @@ def attention_patterns(
         metric: One number per pair from the logits at its position; ``logit_difference`` unless given.
         steps: Points on the path from the corrupt to the clean token embeddings.
         rules: Where gradients depart from the chain rule: ``"gim"``, ``"relp"`` or ``GradientRules`` of one's own.
-        batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
+        memory_budget: Bytes that the computation may take beside the model, its result included; None: 512 MB.
+        batch_size: Pairs at a time, at most.
         progress: Whether to show a bar.
 
     Cost: ``steps`` + 1 forwards (one on the corrupt inputs) and ``steps`` backwards.
@@ -106,7 +108,8 @@ def attention_patterns(
     is not one that the softmax can bring about. Entries that agree between clean and corrupt score zero.
 
     Raises:
-        BadInput: ``steps`` is less than 1, the pairs do not line up, or the metric gives no gradient.
+        BadInput: ``steps`` is less than 1, the pairs do not line up, the metric gives no gradient, or the budget holds
+            no pair.
         UnknownName: no set of rules has this name.
         UnsupportedModel: the model has no patterns at a hook that its outputs are computed from, or a part that edges
             cannot represent.
@@ -140,6 +143,7 @@ def attention_patterns(
         names=[f"pattern a{i}.h{h}[{q}, {k}]" for i, h, q, k in entries],
         also=names,
         rules=rules,
+        memory_budget=memory_budget,
         batch_size=batch_size,
         progress=progress,
     )

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.discovery.activations import Store, gradients, reader_gradients, source_differences, values_at
+from circuits.discovery.activations import (
+    Store,
+    gradients,
+    mlp_gradient,
+    reader_gradients,
+    source_differences,
+    values_at,
+)
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.gradient_rules import GradientRules, ruled_sites, rules_details, rules_of
-from circuits.discovery.metrics import Metric, check_pairs, is_distance, name_of, select
+from circuits.discovery.memory import pairs_at_a_time
+from circuits.discovery.metrics import Metric, check_pairs, is_distance, is_flat, name_of, select, zero_gradient
 from circuits.discovery.sites import Sites, check_exact, sites_of
 from circuits.errors import BadInput
 from circuits.model import HookedModel
@@ -29,8 +37,9 @@ Term = tuple[Mapping[str, Tensor] | None, Product]
 Plan = Callable[[Sites, Store, Store], list[Term]]
 """From the activations of the corrupt and the clean run to the terms whose sum the scores are."""
 
-BUDGET = 512 * 2**20
-"""Bytes that the differences of all sources may take at a time, from which the batch size follows."""
+REHEARSED = 2
+"""How many terms of a plan a rehearsal takes: every term takes the same memory, and the first two follow upon each
+other as any two do."""
 
 
 def integration_points(steps: int) -> list[float]:
@@ -55,6 +64,7 @@ def edge_circuit(
     rules: GradientRules | str | None = None,
     by_position: bool = False,
     neurons: bool = False,
+    memory_budget: int | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -71,7 +81,8 @@ def edge_circuit(
         rules: Where gradients depart from the chain rule: a set of ``RULES`` by name, or one's own.
         by_position: Whether to keep each token position's part of every score.
         neurons: Whether the neurons of MLPs are sources.
-        batch_size: Pairs at a time.
+        memory_budget: Bytes that the computation may take beside the model.
+        batch_size: Pairs at a time, at most.
         progress: Whether to show a bar.
 
     Raises:
@@ -91,18 +102,20 @@ def edge_circuit(
         at=sites.reader_hooks,
         names=names * n_positions,
         rules=rules,
+        memory_budget=memory_budget,
         batch_size=batch_size,
         progress=progress,
-    ).unflatten(1, (n_positions, -1))
+    )
+    places = effects.unflatten(1, (n_positions, -1))
     circuit = Circuit.of_effects(
         sites.graph,
-        effects.sum(1),
+        places.sum(1) if by_position else effects,
         method=method,
         metric=name_of(metric),
         signed=not is_distance(metric),
         details={"pairs": len(pairs), "changed": pairs.changed, **(details or {})} | rules_details(rules),
     )
-    return replace(circuit, by_position=effects.mean(0)) if by_position else circuit
+    return replace(circuit, by_position=places.mean(0)) if by_position else circuit
 
 
 def source_effects(
@@ -112,6 +125,7 @@ def source_effects(
     points: Sequence[float],
     *,
     rules: GradientRules | str | None = None,
+    memory_budget: int | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> tuple[Sites, Float[Tensor, "pair source"]]:
@@ -130,6 +144,7 @@ def source_effects(
         at=sites.source_hooks,
         names=names,
         rules=rules,
+        memory_budget=memory_budget,
         batch_size=batch_size,
         progress=progress,
     )
@@ -147,6 +162,7 @@ def effects_of(
     names: Sequence[str],
     also: Sequence[str] = (),
     rules: GradientRules | str | None = None,
+    memory_budget: int | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Float[Tensor, "pair score"]:
@@ -162,7 +178,8 @@ def effects_of(
         names: What each score is of, for errors.
         also: Hooks beside the sources' whose activations on the corrupt run the plan needs.
         rules: Where gradients depart from the chain rule: a set of ``RULES`` by name, or one's own.
-        batch_size: Pairs at a time.
+        memory_budget: Bytes that the computation may take beside the model.
+        batch_size: Pairs at a time, at most.
         progress: Whether to show a bar.
 
     Raises:
@@ -173,35 +190,88 @@ def effects_of(
     check_pairs(pairs)
     pairs, ruled = pairs.to(model.cfg.device), rules_of(rules)
     sites = ruled_sites(sites, ruled)
-    scores: list[Tensor] = []
-    largest, on_path = 0.0, False
-    slices = pair_slices(sites, pairs, model.cfg.d_model, batch_size)
+    run = _Run(model, sites, metric, plan, tuple(at), names, tuple(also), ruled)
+    kept = 4 * len(pairs) * len(names)
+    slices = pair_slices(
+        lambda n: run.terms(select(pairs, slice(n)), REHEARSED),
+        sites,
+        pairs,
+        model.cfg,
+        kept=kept,
+        memory_budget=memory_budget,
+        batch_size=batch_size,
+    )
+    out: Tensor | None = None
+    largest, on_path, flat = 0.0, False, True
     for rows in tqdm(slices, desc="attribution", unit="batch", disable=not progress or len(slices) == 1):
-        part = select(pairs, rows)
-        corrupt = values_at(model, [*sites.source_hooks, *also], part.corrupt)
-        clean, clean_grads = gradients(model, sites, part.clean, part, metric, at=at, rules=ruled)
-        if not scores:
-            check_exact(sites, clean)
-        total = torch.zeros(len(part), len(names), device=part.clean.device)
-        for replaced, product in plan(sites, corrupt, clean):
+        found = run.terms(select(pairs, rows))
+        out = found.total.new_empty(len(pairs), len(names)) if out is None else out
+        out[rows] = found.total
+        largest, on_path, flat = max(largest, found.largest), found.on_path, flat and found.flat
+    if largest == 0 or (flat and not on_path):
+        raise BadInput(zero_gradient(metric, "every point of the path" if on_path else "the clean point"))
+    assert out is not None  # there are pairs
+    return out
+
+
+class _Terms(NamedTuple):
+    """What a batch of pairs gives."""
+
+    total: Float[Tensor, "pair score"]
+    largest: float
+    """The largest gradient of the logits' input."""
+    on_path: bool
+    """Whether gradients were taken anywhere but at the clean point."""
+    flat: bool
+    """Whether there is none at the clean point."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What ``effects_of`` was asked for, of whichever pairs."""
+
+    model: HookedModel
+    sites: Sites
+    metric: Metric
+    plan: Plan
+    at: tuple[str, ...]
+    names: Sequence[str]
+    also: tuple[str, ...]
+    rules: GradientRules | None
+
+    def terms(self, part: Pairs, at_most: int | None = None) -> _Terms:
+        """Return the sum of the plan's terms, or of the first of them, for some pairs."""
+        corrupt = values_at(self.model, [*self.sites.source_hooks, *self.also], part.corrupt)
+        clean, clean_grads, logits = self._gradients(part, None)
+        check_exact(self.sites, clean)
+        plan = self.plan(self.sites, corrupt, clean)
+        on_path = any(replaced is not None for replaced, _ in plan)
+        flat = not on_path and is_flat(self.metric, logits, part)
+        del logits
+        total, largest = torch.zeros((), device=part.clean.device), 0.0
+        for replaced, product in plan[:at_most]:
             values, grads = clean, clean_grads
             if replaced is not None:
-                values, grads = gradients(model, sites, part.clean, part, metric, at=at, replaced=replaced, rules=ruled)
-                on_path = True
+                values, grads, _ = self._gradients(part, replaced)
             # the last hook lies nearest to the logits: without a gradient there, there is none anywhere
-            largest = max(largest, float(grads[at[-1]].abs().max()))
+            largest = max(largest, float(grads[self.at[-1]].abs().max()))
             total = total + product(values, grads)
-        scores.append(total)
-        if not bool(torch.isfinite(scores[-1]).all()):
-            raise BadInput(_not_finite(sites, scores[-1], names, corrupt, clean))
-    # Rounding leaves a little of the zero gradient that a distance has at its minimum.
-    if largest == 0 or (is_distance(metric) and not on_path):
-        where = "every point of the path" if on_path else "the clean inputs"
-        raise BadInput(
-            f"the gradient of metric {name_of(metric)} is zero at {where}: all scores would be zero. A divergence "
-            f"from the clean output does that at the clean point; take logit_difference or log_probability"
+        total = total.expand(len(part), len(self.names))  # also where the plan has no terms
+        if not bool(torch.isfinite(total).all()):
+            raise BadInput(_not_finite(self.sites, total, self.names, corrupt, clean))
+        return _Terms(total, largest, on_path, flat)
+
+    def _gradients(self, part: Pairs, replaced: Mapping[str, Tensor] | None) -> tuple[Store, Store, Tensor]:
+        return gradients(
+            self.model,
+            self.sites,
+            part.clean,
+            part,
+            self.metric,
+            at=self.at,
+            replaced=replaced,
+            rules=self.rules,
         )
-    return torch.cat(scores)
 
 
 def along_inputs(points: Sequence[float], prepare: Callable[[Sites, Store, Store], Product]) -> Plan:
@@ -219,19 +289,31 @@ def along_inputs(points: Sequence[float], prepare: Callable[[Sites, Store, Store
     return plan
 
 
-def pair_slices(sites: Sites, pairs: Pairs, d_model: int, batch_size: int | None) -> list[slice]:
-    """Return which pairs to take at a time: ``batch_size`` of them, or what keeps the differences within the budget.
+def pair_slices(
+    rehearse: Callable[[int], object],
+    sites: Sites,
+    pairs: Pairs,
+    cfg: Any,
+    *,
+    kept: int,
+    memory_budget: int | None,
+    batch_size: int | None,
+) -> list[slice]:
+    """Return which pairs to take at a time: what the memory budget allows, ``batch_size`` of them at most.
 
-    Raises:
-        BadInput: ``batch_size`` is less than 1.
+    Arguments and errors are those of ``pairs_at_a_time``.
     """
-    if batch_size is None:
-        readers = len(sites.graph.readers) // len(sites.layers)
-        per_pair = (len(sites.graph.sources) + readers) * pairs.clean.shape[1] * d_model * 4
-        batch_size = max(1, BUDGET // per_pair)
-    if batch_size < 1:
-        raise BadInput(f"batch_size = {batch_size}: expected at least 1")
-    return [slice(i, i + batch_size) for i in range(0, len(pairs), batch_size)]
+    readers = len(sites.graph.readers) // len(sites.layers)
+    per_position = (len(sites.graph.sources) + readers) * cfg.d_model + 4 * (getattr(cfg, "d_vocab", None) or 0)
+    size = pairs_at_a_time(
+        rehearse,
+        len(pairs),
+        memory_budget=memory_budget,
+        kept=kept,
+        batch_size=batch_size,
+        estimate=4 * len(pairs) * pairs.clean.shape[1] * per_position,
+    )
+    return [slice(i, i + size) for i in range(0, len(pairs), size)]
 
 
 def _edge_product(sites: Sites, corrupt: Store, clean: Store) -> Product:
@@ -277,7 +359,7 @@ def gradients_by_layer(
     for i, layer in enumerate(sites.layers):
         yield reader_gradients(sites, i, values, grads)
         if layer.mlp_in is not None:
-            yield grads[layer.mlp_in][None]
+            yield mlp_gradient(sites, i, values, grads)
     yield grads[sites.final][None]
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.discovery.ablate import ablated_logits, replacement
+from circuits.discovery.ablate import ablated_logits, shared_replacement
 from circuits.discovery.activations import check_model, source_differences, source_values
 from circuits.discovery.blocks import Blocks, activations_at, blocks_of
+from circuits.discovery.memory import pairs_at_a_time
 from circuits.discovery.metrics import Metric, check_pairs, measure, measure_at_answers
 from circuits.discovery.patching import Advance, Patching
 from circuits.discovery.sites import Sites, sites_of
@@ -23,12 +24,12 @@ Ablation = str | Mapping[str, Tensor]
 """The name of an ablation, or what every source gives instead: tensors by hook name, as ``replacement`` returns them
 and as an optimised constant would be stored; each fits the activation there, or has size 1 along pairs or positions."""
 
-BUDGET = 512 * 2**20
-"""Bytes that a batch's activations may take where no budget is given."""
 CACHE = 16 * 2**20
-"""Bytes that the changed edges taken at a time may take on a CPU."""
-MOST = 2**30
-"""As above where a budget is given, however large."""
+"""Bytes that the changed edges taken at a time may take on a CPU, which gains nothing beyond its cache."""
+LARGE = 128 * 2**20
+"""As above on a GPU."""
+SHARE = 16
+"""What part of a given budget the changed edges may take, by their rough size: what they really take is measured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,8 @@ def setting_of(
     *,
     ablation: Ablation,
     denoising: bool,
-    batch_size: int | None,
+    memory_budget: int | None = None,
+    batch_size: int | None = None,
     neurons: bool = False,
 ) -> Setting:
     """Return what is to be patched, checked.
@@ -92,8 +94,8 @@ def setting_of(
         if missing:
             raise BadInput(f"ablation lacks {missing[0]!r}: expected a tensor for each of {sites.source_hooks}")
         replaced = {name: ablation[name].detach().to(pairs.clean.device) for name in sites.source_hooks}
-    elif ablation != "corrupt":
-        replaced = replacement(model, sites, pairs, ablation, batch_size=batch_size or 256)
+    else:
+        replaced = shared_replacement(model, sites, pairs, ablation, memory_budget=memory_budget, batch_size=batch_size)
     blocks, why = None, ""
     try:
         blocks = blocks_of(model, sites, pairs.clean[:2])
@@ -103,27 +105,78 @@ def setting_of(
 
 
 def patchings(
-    setting: Setting, *, memory_budget: int | None = None, batch_size: int | None = None
+    setting: Setting,
+    rehearse: Callable[[Patching], object],
+    *,
+    kept: int,
+    memory_budget: int | None = None,
+    batch_size: int | None = None,
 ) -> Iterator[tuple[Int[Tensor, " row"], Patching]]:
     """Yield the pairs' numbers and their run, batch by batch; all pairs of a batch have one answer position.
 
+    Args:
+        setting: What is patched.
+        rehearse: Does with a run what takes most memory.
+        kept: Bytes that the results take.
+        memory_budget: Bytes that everything may take beside the model; None: 512 MB beside the results.
+        batch_size: Pairs at a time, at most.
+
     Raises:
         BadInput: the budget does not hold a single pair.
+        UnsupportedModel: the model cannot be taken apart.
+    """
+    size = patched_at_a_time(setting, rehearse, kept=kept, memory_budget=memory_budget, batch_size=batch_size)
+    yield from patchings_of(setting, size, memory_budget)
+
+
+def patched_at_a_time(
+    setting: Setting,
+    rehearse: Callable[[Patching], object],
+    *,
+    kept: int,
+    memory_budget: int | None,
+    batch_size: int | None,
+) -> int:
+    """Return how many pairs to take at a time. Arguments and errors are those of ``patchings``."""
+    blocks, pairs = setting.blocks, setting.pairs
+    if blocks is None:
+        raise UnsupportedModel(setting.why_whole)
+    # the longest run takes most
+    position = int(pairs.position.max())
+
+    def one(n: int) -> object:
+        rows = torch.arange(n, device=pairs.clean.device)
+        patching = _patching(setting, blocks, rows, position, memory_budget)
+        return patching, rehearse(patching)
+
+    cfg = setting.model.cfg
+    per_position = 4 * len(setting.sites.graph.sources) * cfg.d_model + 4 * (getattr(cfg, "d_vocab", None) or 0)
+    estimate = 4 * len(pairs) * pairs.clean.shape[1] * per_position + CACHE
+    return pairs_at_a_time(
+        one, len(pairs), memory_budget=memory_budget, kept=kept, batch_size=batch_size, estimate=estimate
+    )
+
+
+def patchings_of(
+    setting: Setting, size: int, memory_budget: int | None = None
+) -> Iterator[tuple[Int[Tensor, " row"], Patching]]:
+    """Yield the pairs' numbers and their run in batches of the given size.
+
+    Raises:
         UnsupportedModel: the model cannot be taken apart.
     """
     blocks = setting.blocks
     if blocks is None:
         raise UnsupportedModel(setting.why_whole)
     for position in setting.pairs.position.unique().tolist():
-        # no earlier position sees a later one: what lies after the answer's need not be run
-        length = position + 1 if blocks.causal else setting.tokens.shape[1]
         rows = (setting.pairs.position == position).nonzero().flatten()
-        size, chunk = sizes(setting.sites, setting.model, length, len(rows), memory_budget, batch_size)
         for part in rows.split(size):
-            yield part, _patching(setting, blocks, part, position, length, chunk)
+            yield part, _patching(setting, blocks, part, position, memory_budget)
 
 
-def _patching(setting: Setting, blocks: Blocks, rows: Tensor, position: int, length: int, chunk: int) -> Patching:
+def _patching(setting: Setting, blocks: Blocks, rows: Tensor, position: int, memory_budget: int | None) -> Patching:
+    # no earlier position sees a later one: what lies after the answer's need not be run
+    length = position + 1 if blocks.causal else setting.tokens.shape[1]
     part = setting.pairs.take(rows)
     model, sites = setting.model, setting.sites
     values, _ = activations_at(model, sites.all_hooks, setting.tokens[rows, :length])
@@ -142,6 +195,7 @@ def _patching(setting: Setting, blocks: Blocks, rows: Tensor, position: int, len
             [measure_at_answers(setting.metric, own, part) for own in logits.unflatten(0, (-1, len(rows)))]
         )
 
+    chunk = sets_at_a_time(sites, setting.model, length, len(rows), memory_budget)
     return Patching(blocks, values, changes.to(values[sites.embed].dtype), position, measured, chunk)
 
 
@@ -151,56 +205,71 @@ def fitting(tensor: Tensor, rows: Tensor, length: int) -> Tensor:
     return tensor if tensor.shape[1] == 1 else tensor[:, :length]
 
 
-def sizes(
-    sites: Sites, model: HookedModel, length: int, n: int, memory_budget: int | None, batch_size: int | None
-) -> tuple[int, int]:
-    """Return how many pairs, and how many changed edges of them, to take at a time.
+def sets_at_a_time(sites: Sites, model: HookedModel, length: int, rows: int, memory_budget: int | None) -> int:
+    """Return how many changed edges of ``rows`` pairs to take at a time, of which each goes on by itself."""
+    d_model = model.cfg.d_model
+    d_mlp = 0 if sites.layers[0].mlp_out is None else (getattr(model.cfg, "d_mlp", None) or 4 * d_model)
+    width = sum(W.shape[0] * W.shape[2] for W in sites.layers[0].W)
+    # One changed edge on its way through a block: its stream, q, k, v, and the MLP before and after its function.
+    moving = length * (8 * d_model + 2 * width + 2 * d_mlp) + 2 * (getattr(model.cfg, "d_vocab", None) or 0)
+    room = CACHE if torch.device(model.cfg.device).type == "cpu" else LARGE
+    room = room if memory_budget is None else min(room, memory_budget // SHARE)
+    return max(1, room // (4 * moving * rows))
+
+
+def whole_effects(
+    setting: Setting,
+    change: Bool[Tensor, "set edge"],
+    *,
+    memory_budget: int | None = None,
+    batch_size: int | None = None,
+    advance: Advance,
+) -> Float[Tensor, "pair set"]:
+    """Return what changing each set of edges does to each pair's metric, by whole forwards with hooks.
 
     Raises:
         BadInput: the budget does not hold a single pair.
     """
-    d_model, n_sources = model.cfg.d_model, len(sites.graph.sources)
-    d_mlp = 0 if sites.layers[0].mlp_out is None else (getattr(model.cfg, "d_mlp", None) or 4 * d_model)
-    width = sum(W.shape[0] * W.shape[2] for W in sites.layers[0].W)
-    heads = sites.layers[0].W_O.shape[0] * sites.layers[0].W_O.shape[1]
-    # A run's activations, the other run's, and the difference of every source, kept for the whole batch.
-    kept = len(sites.layers) * (3 * d_model + 2 * width + 2 * heads + d_model) + (n_sources + 6) * d_model
-    # One changed edge on its way through a block: its stream, q, k, v, and the MLP before and after its function.
-    moving = 8 * d_model + 2 * width + 2 * d_mlp
-    item = 4 * length
-    kept, moving = kept * item, moving * item
-    if memory_budget is None:
-        size = min(n, batch_size or max(1, BUDGET // kept))
-        on_cpu = torch.device(model.cfg.device).type == "cpu"
-        # Beyond a core's cache a CPU gains nothing from more rows.
-        return size, max(1, (CACHE if on_cpu else BUDGET) // (moving * size))
-    if memory_budget < kept + moving:
-        raise BadInput(f"memory_budget = {memory_budget} bytes: one pair takes {kept + moving}")
-    size = min(n, batch_size or n, memory_budget // (kept + moving))
-    return size, max(1, min((memory_budget - size * kept) // (size * moving), MOST // (size * moving)))
-
-
-def whole_effects(
-    setting: Setting, change: Bool[Tensor, "set edge"], *, batch_size: int | None = None, advance: Advance
-) -> Float[Tensor, "pair set"]:
-    """Return what changing each set of edges does to each pair's metric, by whole forwards with hooks."""
-    sites, pairs = setting.sites, setting.pairs
-    size, chunk = sizes(sites, setting.model, pairs.clean.shape[1], len(pairs), None, batch_size)
+    pairs = setting.pairs
+    size = pairs_at_a_time(
+        lambda n: _whole(setting, pairs.clean.new_tensor(range(n)), change, 1, memory_budget),
+        len(pairs),
+        memory_budget=memory_budget,
+        kept=4 * len(pairs) * len(change),
+        batch_size=batch_size,
+    )
     out = torch.empty(len(pairs), len(change), device=pairs.clean.device)
     for rows in torch.arange(len(pairs), device=out.device).split(size):
-        part = pairs.take(rows)
-        replaced = setting.replaced
-        if replaced is None:
-            replaced = source_values(setting.model, sites, part.clean if setting.denoising else part.corrupt)
-        else:
-            replaced = {name: fitting(t, rows, pairs.clean.shape[1]) for name, t in replaced.items()}
-        none = ablated_logits(setting.model, sites, setting.tokens[rows], replaced, torch.ones_like(change[:1]))
-        base = measure(setting.metric, none[0], part)
-        at = 0
-        for sets in change.split(chunk):
-            logits = ablated_logits(setting.model, sites, setting.tokens[rows], replaced, ~sets)
-            for own in logits:
-                out[rows, at] = measure(setting.metric, own, part) - base
-                at += 1
-            advance(len(sets))
+        out[rows] = _whole(setting, rows, change, len(change), memory_budget, advance).to(out.dtype)
     return out
+
+
+def whole_replaced(setting: Setting, rows: Int[Tensor, " row"]) -> Mapping[str, Tensor]:
+    """Return what the sources of some pairs give to changed edges."""
+    if setting.replaced is not None:
+        return {name: fitting(t, rows, setting.tokens.shape[1]) for name, t in setting.replaced.items()}
+    part = setting.pairs.take(rows)
+    return source_values(setting.model, setting.sites, part.clean if setting.denoising else part.corrupt)
+
+
+def _whole(
+    setting: Setting,
+    rows: Int[Tensor, " row"],
+    change: Bool[Tensor, "set edge"],
+    chunks: int,
+    memory_budget: int | None,
+    advance: Advance = lambda n: None,
+) -> Float[Tensor, "pair set"]:
+    """Return the effects on some pairs of the first ``chunks`` groups of sets that are taken at a time."""
+    sites, part = setting.sites, setting.pairs.take(rows)
+    replaced = whole_replaced(setting, rows)
+    none = ablated_logits(setting.model, sites, setting.tokens[rows], replaced, torch.ones_like(change[:1]))
+    base = measure(setting.metric, none[0], part)
+    del none
+    found = [base.new_zeros(0, len(rows))]
+    n_sets = sets_at_a_time(sites, setting.model, setting.tokens.shape[1], len(rows), memory_budget)
+    for sets in change.split(n_sets)[:chunks]:
+        logits = ablated_logits(setting.model, sites, setting.tokens[rows], replaced, ~sets)
+        found.append(torch.stack([measure(setting.metric, own, part) - base for own in logits]))
+        advance(len(sets))
+    return torch.cat(found).T

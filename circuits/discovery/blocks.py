@@ -157,7 +157,7 @@ class Blocks:
     def mlp(self, i: int, x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
         """Return what the MLP of block ``i`` adds to the stream where it reads ``x``."""
         block = module_of(self.model, f"blocks.{i}")
-        return block.mlp(block.ln2(x))
+        return block.mlp(self.norm(i, x) if self.sites.layers[i].shares_norm else block.ln2(x))
 
     def has_mlp(self, i: int) -> bool:
         """Whether block ``i`` has an MLP."""
@@ -265,31 +265,41 @@ def _found_pattern(model: HookedModel, sites: Sites, i: int, values: Store) -> P
     given = getattr(model.cfg, "attn_scale", None)
     if isinstance(given, float | int) and given > 0:
         scales.append(1 / given)
-    for rotation, causal, scale in product(_rotations(i, values, n, d_head), (True, False), scales):
+    for rotation, causal, scale in product(_rotations(model, i, values, n, d_head), (True, False), scales):
         pattern = Pattern(scale, causal, rotation=rotation)
         if same(pattern.read(pattern.turn(q), pattern.turn(k), v).transpose(1, 2), values[layer.z]):
             return pattern
     raise UnsupportedModel(f"the attention of blocks.{i} is not a softmax of scaled, perhaps rotated, products")
 
 
-def _rotations(i: int, values: Store, n: int, d_head: int) -> list[Rotation | None]:
+def _rotations(model: HookedModel, i: int, values: Store, n: int, d_head: int) -> list[Rotation | None]:
     """The ways in which a rotary embedding may be laid out: in halves, or in neighbouring coordinates."""
-    if f"blocks.{i}.attn.hook_cos" not in values:
+    if f"blocks.{i}.attn.hook_cos" in values:
+        cos, sin = (
+            values[f"blocks.{i}.attn.hook_{name}"].reshape(-1, n, values[f"blocks.{i}.attn.hook_{name}"].shape[-1])[0]
+            for name in ("cos", "sin")
+        )
+        return [*(_rotation(cos, sin, d_head, neighbours) for neighbours in (False, True)), None]
+    if getattr(model.cfg, "positional_embedding_type", None) != "rotary":
         return [None]
-    cos, sin = (
-        values[f"blocks.{i}.attn.hook_{name}"].reshape(-1, n, values[f"blocks.{i}.attn.hook_{name}"].shape[-1])[0]
-        for name in ("cos", "sin")
-    )
+    # GPT-J turns by itself and shows no angles: they are those of the paper (Su et al. 2021, arXiv 2104.09864)
+    turned = getattr(model.cfg, "rotary_dim", None) or d_head
+    like = values[f"blocks.{i}.hook_resid_pre"]
+    base = float(getattr(model.cfg, "rotary_base", None) or 10_000)
+    frequency = base ** (-torch.arange(0, turned, 2, device=like.device) / turned)
+    angle = torch.arange(n, device=like.device)[:, None] * frequency
+    pairs = {False: torch.cat([angle, angle], 1), True: angle.repeat_interleave(2, 1)}
+    laid = [_rotation(x.cos().to(like), x.sin().to(like), d_head, neighbours) for neighbours, x in pairs.items()]
+    return [*laid, None]
+
+
+def _rotation(
+    cos: Float[Tensor, "pos turned"], sin: Float[Tensor, "pos turned"], d_head: int, neighbours: bool
+) -> Rotation:
+    """A rotation of the first coordinates of a head, each with its neighbour or with that half of them away."""
     turned = cos.shape[-1]
     index = torch.arange(d_head, device=cos.device)
-    rest = d_head - turned
-    first = index[:turned]
-    halves = (first + turned // 2) % turned
-    neighbours = first ^ 1
-    out: list[Rotation | None] = []
-    for partner, sign in ((halves, first < turned // 2), (neighbours, first % 2 == 0)):
-        signed = torch.where(sign, -sin, sin)
-        out.append(
-            Rotation(F.pad(cos, (0, rest), value=1.0), F.pad(signed, (0, rest)), torch.cat([partner, index[turned:]]))
-        )
-    return [*out, None]
+    first, rest = index[:turned], d_head - turned
+    partner = first ^ 1 if neighbours else (first + turned // 2) % turned
+    signed = torch.where(first % 2 == 0 if neighbours else first < turned // 2, -sin, sin)
+    return Rotation(F.pad(cos, (0, rest), value=1.0), F.pad(signed, (0, rest)), torch.cat([partner, index[turned:]]))

@@ -18,6 +18,7 @@ def eap(
     rules: GradientRules | str | None = None,
     by_position: bool = False,
     neurons: bool = False,
+    memory_budget: int | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -33,7 +34,8 @@ def eap(
         rules: Where gradients depart from the chain rule: ``"gim"``, ``"relp"`` or ``GradientRules`` of one's own.
         by_position: Whether to keep each token position's part of every score too, in ``Circuit.by_position``.
         neurons: Whether every neuron of an MLP is a source, and not the MLP as a whole.
-        batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
+        memory_budget: Bytes that the computation may take beside the model, its result included; None: 512 MB.
+        batch_size: Pairs at a time, at most.
         progress: Whether to show a bar.
 
     Cost: two forwards (on the corrupt and on the clean inputs) and one backward, on activations alone, and products of
@@ -49,7 +51,8 @@ def eap(
     Components that differ in nothing between clean and corrupt score zero whatever they do.
 
     Raises:
-        BadInput: the pairs do not line up, or the metric gives no gradient.
+        BadInput: the pairs do not line up, the metric gives no gradient, or the budget holds
+            no pair.
         UnknownName: no set of rules has this name.
         UnsupportedModel: the model has a part that edges cannot represent, or that a rule cannot.
     """
@@ -62,6 +65,7 @@ def eap(
         rules=rules,
         by_position=by_position,
         neurons=neurons,
+        memory_budget=memory_budget,
         batch_size=batch_size,
         progress=progress,
     )

@@ -23,6 +23,7 @@ def eap_ig_activations(
     *,
     steps: int = 5,
     rules: GradientRules | str | None = None,
+    memory_budget: int | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -38,7 +39,8 @@ def eap_ig_activations(
         metric: One number per pair from the logits at its position.
         steps: Points on each path.
         rules: Where gradients depart from the chain rule: ``"gim"``, ``"relp"`` or ``GradientRules`` of one's own.
-        batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
+        memory_budget: Bytes that the computation may take beside the model, its result included; None: 512 MB.
+        batch_size: Pairs at a time, at most.
         progress: Whether to show a bar.
 
     Cost: 2 + G (``steps`` - 1) forwards and 1 + G (``steps`` - 1) backwards, with G the number of groups: 2 layers + 1,
@@ -55,7 +57,8 @@ def eap_ig_activations(
     Components that differ in nothing between clean and corrupt score zero.
 
     Raises:
-        BadInput: ``steps`` is less than 1, the pairs do not line up, or the metric gives no gradient.
+        BadInput: ``steps`` is less than 1, the pairs do not line up, the metric gives no gradient, or the budget holds
+            no pair.
         UnknownName: no set of rules has this name.
         UnsupportedModel: the model has a part that edges cannot represent, or that a rule cannot.
     """
@@ -70,6 +73,7 @@ def eap_ig_activations(
         at=sites.reader_hooks,
         names=names,
         rules=rules,
+        memory_budget=memory_budget,
         batch_size=batch_size,
         progress=progress,
     )

@@ -19,6 +19,7 @@ def eap_ig_inputs(
     rules: GradientRules | str | None = None,
     by_position: bool = False,
     neurons: bool = False,
+    memory_budget: int | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -35,7 +36,8 @@ def eap_ig_inputs(
         rules: Where gradients depart from the chain rule: ``"gim"``, ``"relp"`` or ``GradientRules`` of one's own.
         by_position: Whether to keep each token position's part of every score too, in ``Circuit.by_position``.
         neurons: Whether every neuron of an MLP is a source, and not the MLP as a whole.
-        batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
+        memory_budget: Bytes that the computation may take beside the model, its result included; None: 512 MB.
+        batch_size: Pairs at a time, at most.
         progress: Whether to show a bar.
 
     Cost: ``steps`` + 1 forwards (one on the corrupt inputs) and ``steps`` backwards.
@@ -51,7 +53,8 @@ def eap_ig_inputs(
     say nothing about either input. Components that differ in nothing between clean and corrupt score zero.
 
     Raises:
-        BadInput: ``steps`` is less than 1, the pairs do not line up, or the metric gives no gradient.
+        BadInput: ``steps`` is less than 1, the pairs do not line up, the metric gives no gradient, or the budget holds
+            no pair.
         UnknownName: no set of rules has this name.
         UnsupportedModel: the model has a part that edges cannot represent, or that a rule cannot.
     """
@@ -65,6 +68,7 @@ def eap_ig_inputs(
         rules=rules,
         by_position=by_position,
         neurons=neurons,
+        memory_budget=memory_budget,
         batch_size=batch_size,
         progress=progress,
     )

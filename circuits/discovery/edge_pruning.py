@@ -29,6 +29,7 @@ def edge_pruning(
     learning_rate: float = 0.1,
     multiplier_rate: float = 0.05,
     mask_samples: int = 2,
+    memory_budget: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = False,
@@ -51,6 +52,8 @@ def edge_pruning(
         learning_rate: Of the masks' log odds.
         multiplier_rate: Of the multipliers.
         mask_samples: Masks per update.
+        memory_budget: Bytes that the computation may take beside the model: the pairs of an update are then taken in
+            parts. None: no bound.
         batch_size: Pairs per update.
         seed: Of masks and pairs.
         progress: Whether to show a bar.
@@ -92,6 +95,7 @@ def edge_pruning(
         ],
         ablation=ablation,
         steps=steps,
+        memory_budget=memory_budget,
         batch_size=batch_size,
         seed=seed,
         progress=progress,
@@ -99,14 +103,8 @@ def edge_pruning(
     )
     scores = kept_probability(log_alpha.detach())
     reached = float(1 - scores.mean())
-    details = {
-        "pairs": len(pairs),
-        "changed": pairs.changed,
-        "ablation": name_of_ablation(ablation),
-        "sparsity": sparsity,
-        "expected_sparsity": reached,
-    }
-    details |= {"steps": steps, "loss": losses[-1]}
+    details = {"pairs": len(pairs), "changed": pairs.changed, "ablation": name_of_ablation(ablation)}
+    details |= {"sparsity": sparsity, "expected_sparsity": reached, "steps": steps, "loss": losses[-1]}
     name = "kl_divergence" if metric is None else name_of(metric)
     whole = torch.ones_like(scores, dtype=torch.bool)
     circuit = Circuit(sites.graph, scores, whole, "edge-pruning", name, details=details, signed=False)

@@ -51,8 +51,8 @@ def exact(
         by_position: Whether to patch every edge at each token position alone too, into ``Circuit.by_position``; it
             costs as much again for each position. These effects do not add up to the edge's.
         neurons: Whether every neuron of an MLP is a source, and not the MLP as a whole.
-        memory_budget: Bytes that the computation may take beside the model, from which the batches follow; None keeps
-            the activations within 512 MB.
+        memory_budget: Bytes that the computation may take beside the model, its result included, from which the
+            batches follow by what a few pairs are measured to take; None: 512 MB beside the result.
         batch_size: Pairs at a time, at most.
         progress: Whether to show a bar.
 
@@ -80,14 +80,23 @@ def exact(
     """
     with torch.no_grad():
         setting = setting_of(
-            model, pairs, metric, ablation=ablation, denoising=denoising, batch_size=batch_size, neurons=neurons
+            model,
+            pairs,
+            metric,
+            ablation=ablation,
+            denoising=denoising,
+            memory_budget=memory_budget,
+            batch_size=batch_size,
+            neurons=neurons,
         )
         places = [None, *range(pairs.clean.shape[1])] if by_position else [None]
         effects, *alone = _effects(setting, places, memory_budget, batch_size, progress)
     check_effects(setting, effects)
+    if denoising:
+        effects.neg_()
     circuit = Circuit.of_effects(
         setting.sites.graph,
-        -effects if denoising else effects,
+        effects,
         method="exact",
         metric=name_of(metric),
         details=setting.details(ablation),
@@ -113,11 +122,25 @@ def _effects(
             if len(places) > 1:
                 raise UnsupportedModel(f"patching by position runs the model part by part: {setting.why_whole}")
             alone = torch.eye(n_edges, dtype=torch.bool, device=setting.pairs.clean.device)
-            return [whole_effects(setting, alone, batch_size=batch_size, advance=bar.update)]
+            found = whole_effects(
+                setting, alone, memory_budget=memory_budget, batch_size=batch_size, advance=bar.update
+            )
+            check_finite(setting, found)
+            return [found]
         out = [torch.zeros(len(setting.pairs), n_edges, device=setting.pairs.clean.device) for _ in places]
-        for rows, patching in patchings(setting, memory_budget=memory_budget, batch_size=batch_size):
-            for found, place in zip(out, places, strict=True):
-                found[rows] = _at(patching, place).edge_effects(bar.update).T.to(found.dtype)
+        batches = patchings(
+            setting,
+            lambda patching: (_at(patching, places[-1]).rehearse(), torch.empty(n_edges, len(patching.base))),
+            kept=4 * len(places) * len(setting.pairs) * n_edges,
+            memory_budget=memory_budget,
+            batch_size=batch_size,
+        )
+        for rows, patching in batches:
+            for of_place, place in zip(out, places, strict=True):
+                effects = _at(patching, place).edge_effects(bar.update)
+                check_finite(setting, effects)
+                of_place[rows] = effects.T.to(of_place.dtype)
+            del patching  # before the next one is made
     return out
 
 
@@ -132,12 +155,11 @@ def _at(patching: Patching, place: int | None) -> Patching:
 
 
 def check_effects(setting: Setting, effects: Float[Tensor, "pair part"], *, moved: bool = False) -> None:
-    """Check that effects are numbers, and that the metric looked at the logits at all (unless known: ``moved``).
+    """Check that the metric looked at the logits at all (unless known: ``moved``).
 
     Raises:
-        BadInput: they are not, or it did not.
+        BadInput: it did not.
     """
-    check_finite(setting, effects)
     if not (moved or bool(effects.any())):
         raise BadInput(
             f"no ablation changes metric {name_of(setting.metric)} at all: expected one that depends on the logits "

@@ -9,8 +9,9 @@ from tqdm.auto import tqdm
 
 from circuits.discovery.batches import Ablation, patchings, setting_of, whole_effects
 from circuits.discovery.circuit import mean_interval
-from circuits.discovery.exact import check_effects
+from circuits.discovery.exact import check_effects, check_finite
 from circuits.discovery.metrics import Metric, logit_difference
+from circuits.discovery.patching import Patching
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
 
@@ -42,7 +43,8 @@ def exact_nodes(
         ablation: What an ablated source writes: see ``exact``.
         denoising: Restore the source in the corrupt run instead: m(corrupt run) - m(corrupt run with the source from
             the clean run), negative where restoring helps.
-        memory_budget: Bytes that the computation may take beside the model.
+        memory_budget: Bytes that the computation may take beside the model, its result included, from which the
+            batches follow by what a few pairs are measured to take; None: 512 MB beside the result.
         batch_size: Pairs at a time, at most.
         seed: Of the bootstrap.
         progress: Whether to show a bar.
@@ -66,17 +68,36 @@ def exact_nodes(
     import pandas as pd
 
     with torch.no_grad():
-        setting = setting_of(model, pairs, metric, ablation=ablation, denoising=denoising, batch_size=batch_size)
+        setting = setting_of(
+            model,
+            pairs,
+            metric,
+            ablation=ablation,
+            denoising=denoising,
+            memory_budget=memory_budget,
+            batch_size=batch_size,
+        )
         graph = setting.sites.graph
         device = setting.pairs.clean.device
         effects = torch.empty(len(pairs), len(graph.sources), device=device)
         with tqdm(total=None, desc="exact patching", unit="source", disable=not progress) as bar:
             if setting.blocks is None:
                 leaving = torch.arange(len(graph.sources), device=device)[:, None] == graph.ends(device)[0]
-                effects = whole_effects(setting, leaving, batch_size=batch_size, advance=bar.update)
+                effects = whole_effects(
+                    setting, leaving, memory_budget=memory_budget, batch_size=batch_size, advance=bar.update
+                )
             else:
-                for rows, patching in patchings(setting, memory_budget=memory_budget, batch_size=batch_size):
+                batches = patchings(
+                    setting,
+                    Patching.rehearse,
+                    kept=4 * len(pairs) * len(graph.sources),
+                    memory_budget=memory_budget,
+                    batch_size=batch_size,
+                )
+                for rows, patching in batches:
                     effects[rows] = patching.source_effects(bar.update).T.to(effects.dtype)
+                    del patching  # before the next one is made
+    check_finite(setting, effects)
     check_effects(setting, effects)
     effects = -effects if denoising else effects
     low, high = mean_interval(effects, seed=seed)

@@ -222,7 +222,8 @@ class Rewriting:
     def _norms(self) -> dict[str, torch.nn.Module]:
         names = ["ln_final"]
         for i, layer in enumerate(self.sites.layers):
-            names += [f"blocks.{i}.ln1"] if layer.mlp_in is None else [f"blocks.{i}.ln1", f"blocks.{i}.ln2"]
+            alone = layer.mlp_in is None or layer.shares_norm
+            names += [f"blocks.{i}.ln1"] if alone else [f"blocks.{i}.ln1", f"blocks.{i}.ln2"]
         found = {name: module_of(self.model, name) for name in names}
         ruled = {id(part) for module in found.values() for part in module.modules()}
         for name, module in getattr(self.model, "named_modules", lambda: [])():

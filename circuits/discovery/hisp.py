@@ -21,6 +21,7 @@ def hisp(
     metric: Metric = logit_difference,
     *,
     rules: GradientRules | str | None = None,
+    memory_budget: int | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -36,7 +37,8 @@ def hisp(
         pairs: Clean and corrupt inputs.
         metric: One number per pair from the logits at its position.
         rules: Where gradients depart from the chain rule: ``"gim"``, ``"relp"`` or ``GradientRules`` of one's own.
-        batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
+        memory_budget: Bytes that the computation may take beside the model, its result included; None: 512 MB.
+        batch_size: Pairs at a time, at most.
         progress: Whether to show a bar.
 
     Cost: two forwards (that on the corrupt inputs is for the checks only) and one backward.
@@ -50,7 +52,8 @@ def hisp(
     score, when the metric is flat at the clean input.
 
     Raises:
-        BadInput: the pairs do not line up, or the metric gives no gradient.
+        BadInput: the pairs do not line up, the metric gives no gradient, or the budget holds
+            no pair.
         UnknownName: no set of rules has this name.
         UnsupportedModel: the model has a part that edges cannot represent, or that a rule cannot.
     """
@@ -65,6 +68,7 @@ def hisp(
         at=sites.source_hooks,
         names=names,
         rules=rules,
+        memory_budget=memory_budget,
         batch_size=batch_size,
         progress=progress,
     )

@@ -24,6 +24,7 @@ def information_flow_routes(
     pairs: Pairs,
     metric: Metric = logit_difference,
     *,
+    memory_budget: int | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -37,7 +38,8 @@ def information_flow_routes(
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
         pairs: Clean and corrupt inputs, of which only the clean ones are read.
         metric: Not used; here so that every method is called alike.
-        batch_size: Pairs at a time; None keeps the activations within 512 MB.
+        memory_budget: Bytes that the computation may take beside the model, its result included; None: 512 MB.
+        batch_size: Pairs at a time, at most.
         progress: Whether to show a bar.
 
     Cost: one forward, no backward.
@@ -51,24 +53,40 @@ def information_flow_routes(
     Fails when: what matters is small: a source that writes much into directions that no reader uses scores high.
 
     Raises:
-        BadInput: the pairs do not line up, or an activation is not finite.
+        BadInput: the pairs do not line up, an activation is not finite, or the budget does not hold one pair.
         UnsupportedModel: the model has a part that edges cannot represent.
     """
     check_pairs(pairs)
     pairs = pairs.to(model.cfg.device)
     sites = sites_of(model)
     check_model(model, sites, pairs.clean)
-    slices = pair_slices(sites, pairs, model.cfg.d_model, batch_size)
-    found: list[Tensor] = []
-    for rows in tqdm(slices, desc="information flow", unit="batch", disable=not progress or len(slices) == 1):
+
+    def shares(rows: slice) -> Float[Tensor, "pair edge"]:
         values = source_values(model, sites, select(pairs, rows).clean)
-        found.append(torch.cat([_shares(*seen) for seen in _seen(sites, values)], 1))
-    if not all(bool(torch.isfinite(part).all()) for part in found):
-        raise BadInput("a source's output is not finite: check the model's weights")
+        return torch.cat([_shares(*seen) for seen in _seen(sites, values)], 1)
+
+    n_edges = sites.graph.n_edges
+    slices = pair_slices(
+        lambda n: shares(slice(n)),
+        sites,
+        pairs,
+        model.cfg,
+        kept=4 * len(pairs) * n_edges,
+        memory_budget=memory_budget,
+        batch_size=batch_size,
+    )
+    found: Tensor | None = None
+    for rows in tqdm(slices, desc="information flow", unit="batch", disable=not progress or len(slices) == 1):
+        part = shares(rows)
+        if not bool(torch.isfinite(part).all()):
+            raise BadInput("a source's output is not finite: check the model's weights")
+        found = part.new_empty(len(pairs), n_edges) if found is None else found
+        found[rows] = part
+    assert found is not None  # there are pairs
     details = {"pairs": len(pairs), "changed": pairs.changed}
     return Circuit.of_effects(
         sites.graph,
-        torch.cat(found),
+        found,
         method="information-flow-routes",
         metric="none",
         details=details,

@@ -9,11 +9,21 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.discovery.ablate import ablated_logits_by_pair, replacement
+from circuits.discovery.ablate import ablated_logits_by_pair, replacement, shared_replacement
 from circuits.discovery.activations import check_model
 from circuits.discovery.attribution import pair_slices
 from circuits.discovery.circuit import Circuit
-from circuits.discovery.metrics import Metric, check_pairs, is_distance, logit_difference, measure, name_of, select
+from circuits.discovery.metrics import (
+    Metric,
+    check_pairs,
+    is_distance,
+    is_flat,
+    logit_difference,
+    measure,
+    name_of,
+    select,
+    zero_gradient,
+)
 from circuits.discovery.sites import Sites, sites_of
 from circuits.errors import BadInput
 from circuits.model import HookedModel
@@ -26,6 +36,7 @@ def mask_gradient(
     metric: Metric = logit_difference,
     *,
     ablation: str | Mapping[str, Tensor] = "corrupt",
+    memory_budget: int | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -40,7 +51,8 @@ def mask_gradient(
         pairs: Clean and corrupt inputs.
         metric: One number per pair from the logits at its position.
         ablation: What an ablated edge carries: see ``ablated_metric``.
-        batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
+        memory_budget: Bytes that the computation may take beside the model, its result included; None: 512 MB.
+        batch_size: Pairs at a time, at most.
         progress: Whether to show a bar.
 
     Cost: two forwards (one for the replacements) and one backward, the latter two through every reader's sum over its
@@ -55,11 +67,12 @@ def mask_gradient(
     Fails when: as ``eap``: the metric is flat at the clean input although the effect is large.
 
     Raises:
-        BadInput: the pairs do not line up, or the metric gives no gradient.
+        BadInput: the pairs do not line up, the metric gives no gradient, or the budget holds
+            no pair.
         UnknownName: no such ablation.
         UnsupportedModel: the model has a part that edges cannot represent.
     """
-    return _circuit(model, pairs, metric, [1.0], "mask-gradient", ablation, batch_size, progress)
+    return _circuit(model, pairs, metric, [1.0], "mask-gradient", ablation, memory_budget, batch_size, progress)
 
 
 def mask_ig(
@@ -69,6 +82,7 @@ def mask_ig(
     *,
     steps: int = 5,
     ablation: str | Mapping[str, Tensor] = "corrupt",
+    memory_budget: int | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -83,7 +97,8 @@ def mask_ig(
         metric: One number per pair from the logits at its position.
         steps: Points on the path.
         ablation: What an ablated edge carries: see ``ablated_metric``.
-        batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
+        memory_budget: Bytes that the computation may take beside the model, its result included; None: 512 MB.
+        batch_size: Pairs at a time, at most.
         progress: Whether to show a bar.
 
     Cost: ``steps`` + 1 forwards (one for the replacements) and ``steps`` backwards, all but the first through every
@@ -100,14 +115,15 @@ def mask_ig(
     clean and corrupt score zero.
 
     Raises:
-        BadInput: ``steps`` is less than 1, the pairs do not line up, or the metric gives no gradient.
+        BadInput: ``steps`` is less than 1, the pairs do not line up, the metric gives no gradient, or the budget holds
+            no pair.
         UnknownName: no such ablation.
         UnsupportedModel: the model has a part that edges cannot represent.
     """
     if steps < 1:
         raise BadInput(f"steps = {steps}: expected at least 1")
     points = [(k - 0.5) / steps for k in range(1, steps + 1)]
-    return _circuit(model, pairs, metric, points, "mask-ig", ablation, batch_size, progress)
+    return _circuit(model, pairs, metric, points, "mask-ig", ablation, memory_budget, batch_size, progress)
 
 
 def _circuit(
@@ -117,6 +133,7 @@ def _circuit(
     points: list[float],
     method: str,
     ablation: str | Mapping[str, Tensor],
+    memory_budget: int | None,
     batch_size: int | None,
     progress: bool,
 ) -> Circuit:
@@ -124,25 +141,37 @@ def _circuit(
     pairs = pairs.to(model.cfg.device)
     sites = sites_of(model)
     check_model(model, sites, pairs.clean)
-    slices = pair_slices(sites, pairs, model.cfg.d_model, batch_size)
-    rows = slices[0].stop - slices[0].start
-    shared = None if ablation == "corrupt" else replacement(model, sites, pairs, ablation, batch_size=rows)
-    effects: list[Tensor] = []
-    for chosen in tqdm(slices, desc=method, unit="batch", disable=not progress or len(slices) == 1):
+    shared = shared_replacement(model, sites, pairs, ablation, memory_budget=memory_budget, batch_size=batch_size)
+
+    def effects(chosen: slice) -> tuple[Float[Tensor, "pair edge"], bool]:
         part = select(pairs, chosen)
         replaced = replacement(model, sites, part, ablation) if shared is None else shared
-        gradient = [_gradient(model, sites, part, metric, replaced, point) for point in points]
-        effects.append(-torch.stack(gradient).mean(0))
-    found = torch.cat(effects)
-    if not bool(torch.isfinite(found).all()):
-        edge = sites.graph.edges[int((~torch.isfinite(found).all(0)).nonzero()[0])]
-        raise BadInput(f"the score of edge {edge[0]} -> {edge[1]} is not finite: check the model's weights")
-    # Rounding leaves a little of the zero gradient that a distance has at its minimum.
-    if not bool((found != 0).any()) or (is_distance(metric) and all(point == 1 for point in points)):
-        raise BadInput(
-            f"the gradient of metric {name_of(metric)} is zero at every point: all scores would be zero. A divergence "
-            f"from the clean output does that at the clean point; take logit_difference or log_probability"
-        )
+        total, flat = torch.zeros((), device=part.clean.device), True
+        for point in points:
+            gradient, at_a_flat_point = _gradient(model, sites, part, metric, replaced, point)
+            total, flat = total - gradient, flat and at_a_flat_point
+        return total / len(points), flat
+
+    slices = pair_slices(
+        lambda n: effects(slice(n)),
+        sites,
+        pairs,
+        model.cfg,
+        kept=4 * len(pairs) * sites.graph.n_edges,
+        memory_budget=memory_budget,
+        batch_size=batch_size,
+    )
+    found, flat = None, True
+    for chosen in tqdm(slices, desc=method, unit="batch", disable=not progress or len(slices) == 1):
+        part, at_flat_points = effects(chosen)
+        if not bool(torch.isfinite(part).all()):
+            edge = sites.graph.edges[int((~torch.isfinite(part).all(0)).nonzero()[0])]
+            raise BadInput(f"the score of edge {edge[0]} -> {edge[1]} is not finite: check the model's weights")
+        found = part.new_empty(len(pairs), sites.graph.n_edges) if found is None else found
+        found[chosen], flat = part, flat and at_flat_points
+    assert found is not None  # there are pairs
+    if flat or not bool((found != 0).any()):
+        raise BadInput(zero_gradient(metric, "the clean point" if points == [1.0] else "every point of the path"))
     details = {
         "pairs": len(pairs),
         "changed": pairs.changed,
@@ -155,12 +184,14 @@ def _circuit(
 
 def _gradient(
     model: HookedModel, sites: Sites, part: Pairs, metric: Metric, replaced: dict[str, Tensor], point: float
-) -> Float[Tensor, "pair edge"]:
+) -> tuple[Float[Tensor, "pair edge"], bool]:
+    """Return each pair's gradient of every edge's mask, and whether it is that of rounding alone."""
     with torch.inference_mode(False), torch.enable_grad():
         first = replaced[sites.embed]
         keep = torch.full((len(part), sites.graph.n_edges), point, dtype=first.dtype, device=first.device)
         keep.requires_grad_()
-        total = measure(metric, ablated_logits_by_pair(model, sites, part.clean, replaced, keep), part).sum()
+        logits = ablated_logits_by_pair(model, sites, part.clean, replaced, keep)
+        total = measure(metric, logits, part).sum()
         if not total.requires_grad:
             raise BadInput(f"metric {name_of(metric)} does not depend on the logits: expected a differentiable one")
-        return torch.autograd.grad(total, keep)[0]
+        return torch.autograd.grad(total, keep)[0], point == 1 and is_flat(metric, logits, part)

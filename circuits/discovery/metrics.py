@@ -162,6 +162,49 @@ def measure_at_answers(
     return values
 
 
+NEAR = 0.01
+"""How far beside the clean logits, in their own size, a metric's slope is compared with that at them."""
+
+
+def is_flat(metric: Metric, logits: Float[Tensor, "batch pos d_vocab_out"], pairs: Pairs) -> bool:
+    """Return whether the metric has no gradient at the clean logits, but for what rounding leaves.
+
+    A divergence from stored clean logits, whoever wrote it, has its minimum there: its gradient is that of rounding,
+    and grows by orders of magnitude a step aside, where that of other metrics hardly changes.
+
+    Raises:
+        BadInput: it does not depend on the logits.
+    """
+    rows = torch.arange(len(pairs), device=logits.device)
+    found = logits[rows, pairs.position.to(logits.device)].detach()
+    found = found.to(torch.promote_types(found.dtype, torch.float32))
+    # a step to alternating sides, which is no shift of all logits alike, that a softmax would not see
+    sides = 1 - 2 * (torch.arange(found.shape[-1], device=found.device) % 3 == 0).to(found)
+    step = NEAR * found.abs().amax(-1, keepdim=True) * sides
+    here, aside = (_slope(metric, at, pairs) for at in (found, found + step))
+    return bool(torch.isfinite(here + aside)) and bool(here <= NEAR * aside)
+
+
+def _slope(metric: Metric, logits: Float[Tensor, "batch d_vocab_out"], pairs: Pairs) -> Tensor:
+    with torch.inference_mode(False), torch.enable_grad():
+        at = logits.clone().requires_grad_()
+        total = measure_at_answers(metric, at, pairs).sum()
+        if not total.requires_grad:
+            raise BadInput(f"metric {name_of(metric)} does not depend on the logits: expected a differentiable one")
+        (gradient,) = torch.autograd.grad(total, at, allow_unused=True)
+    return at.new_zeros(()) if gradient is None else gradient.norm()
+
+
+def zero_gradient(metric: Metric, where: str) -> str:
+    """Return what is said of a metric whose gradient is zero."""
+    return (
+        f"metric {name_of(metric)} has zero gradient at {where}: scores would all be zero. A divergence from the clean "
+        f"output is flat at the clean point: use exact or acdc, which need no gradient, a method whose gradients are "
+        f"taken elsewhere too (eap_ig_inputs with more than one step, mask_ig, clean_corrupted), or a metric such as "
+        f"logit_difference"
+    )
+
+
 def name_of(metric: Metric) -> str:
     """Return the name under which a metric is reported."""
     return getattr(metric, "__name__", type(metric).__name__)

@@ -22,6 +22,7 @@ def node_attribution(
     *,
     steps: int = 5,
     rules: GradientRules | str | None = None,
+    memory_budget: int | None = None,
     batch_size: int | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -37,7 +38,8 @@ def node_attribution(
         metric: One number per pair from the logits at its position; ``logit_difference`` unless given.
         steps: Points on the path from the corrupt to the clean token embeddings.
         rules: Where gradients depart from the chain rule: ``"gim"``, ``"relp"`` or ``GradientRules`` of one's own.
-        batch_size: Pairs at a time; None keeps the activations' differences within 512 MB.
+        memory_budget: Bytes that the computation may take beside the model, its result included; None: 512 MB.
+        batch_size: Pairs at a time, at most.
         seed: Of the bootstrap.
 
     Cost: ``steps`` + 1 forwards and ``steps`` backwards.
@@ -52,13 +54,22 @@ def node_attribution(
     although the edges matter.
 
     Raises:
-        BadInput: ``steps`` is less than 1, the pairs do not line up, or the metric gives no gradient.
+        BadInput: ``steps`` is less than 1, the pairs do not line up, the metric gives no gradient, or the budget holds
+            no pair.
         UnknownName: no set of rules has this name.
         UnsupportedModel: the model has a part that edges cannot represent, or that a rule cannot.
     """
     import pandas as pd
 
-    sites, effects = source_effects(model, pairs, metric, integration_points(steps), rules=rules, batch_size=batch_size)
+    sites, effects = source_effects(
+        model,
+        pairs,
+        metric,
+        integration_points(steps),
+        rules=rules,
+        memory_budget=memory_budget,
+        batch_size=batch_size,
+    )
     low, high = mean_interval(effects, seed=seed)
     columns = {"score": effects.mean(0).tolist(), "low": low.tolist(), "high": high.tolist()}
     frame = pd.DataFrame(columns, index=pd.Index(sites.graph.sources, name="source"))

@@ -20,6 +20,7 @@ def optimal_constants(
     *,
     steps: int = 200,
     learning_rate: float = 0.01,
+    memory_budget: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = False,
@@ -36,6 +37,8 @@ def optimal_constants(
         metric: One number per pair, or None for the divergence from the model's output.
         steps: Updates (Adam).
         learning_rate: Of the constants.
+        memory_budget: Bytes that the computation may take beside the model: the pairs of an update are then taken in
+            parts. None: no bound.
         batch_size: Pairs per update.
         seed: Of the pairs that are drawn.
         progress: Whether to show a bar.
@@ -70,6 +73,7 @@ def optimal_constants(
         optimizers=[torch.optim.Adam(list(constants.values()), lr=learning_rate)],
         ablation="mean",
         steps=steps,
+        memory_budget=memory_budget,
         batch_size=batch_size,
         seed=seed,
         progress=progress,

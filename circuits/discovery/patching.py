@@ -73,13 +73,11 @@ class Patching:
         reader = 0
         for i, layer in enumerate(self.blocks.sites.layers):
             counts = [W.shape[0] for W in layer.W]
-            for sources in self._groups(graph.visible[reader], max(1, self.chunk // len(layer.W_O))):
+            for sources in self._groups(graph.visible[reader], self._sources_at_a_time(i)):
                 first = reader
-                x = self.blocks.norm(i, (self.stream(i) + self.changes[sources]).flatten(0, 1))
-                for which, count in enumerate(counts):
-                    change = self.through_heads(i, which, x)
+                for count, effects in zip(counts, self._into_heads(i, sources), strict=True):
                     sets = [table[first + h][u] for u in sources for h in range(count)]
-                    out[sets] = self.after_attention(i, change.flatten(0, 1))
+                    out[sets] = effects
                     first += count
                     advance(len(sets))
             reader += sum(counts)
@@ -93,6 +91,27 @@ class Patching:
         out[[table[reader][u] for u in live]] = self.into_logits(self.changes[live])
         advance(len(live))
         return out
+
+    def _sources_at_a_time(self, i: int) -> int:
+        return max(1, self.chunk // len(self.blocks.sites.layers[i].W_O))
+
+    def _into_heads(self, i: int, sources: list[int]) -> Iterator[Float[Tensor, "set pair"]]:
+        """Yield the effects of changing the edges from some sources into the queries, keys, values of block ``i``."""
+        x = self.blocks.norm(i, (self.stream(i) + self.changes[sources]).flatten(0, 1))
+        for which in range(3):
+            yield self.after_attention(i, self.through_heads(i, which, x).flatten(0, 1))
+
+    def rehearse(self) -> list[Float[Tensor, "set pair"]]:
+        """Return some of the effects: those of which the most are taken at a time, to see what memory that takes."""
+        layers, n_sources = self.blocks.sites.layers, len(self.changes)
+        # Behind the block before the last every source is as good as seen, and there is still a whole block to come.
+        i = max(0, len(layers) - 2)
+        sources = list(range(min(n_sources, self._sources_at_a_time(i))))
+        found = [effects.clone() for effects in self._into_heads(i, sources)]
+        many = list(range(min(n_sources, self.chunk)))
+        if layers[i].mlp_in is not None:
+            found.append(self.after_block(i, self.through_mlp(i, self.changes[many])))
+        return [*found, self.from_block(0, self.stream(0) + self.changes[many]), self.into_logits(self.changes[many])]
 
     def source_effects(self, advance: Advance = _silent) -> Float[Tensor, "source pair"]:
         """Return what changing all that each source alone writes does to each pair's metric."""
@@ -170,8 +189,8 @@ class Patching:
     ) -> Float[Tensor, "set batch _ d_model"]:
         """Return what the MLP of block ``i`` changes in the stream if what it reads changes."""
         layer, at = self.blocks.sites.layers[i], self.at(i)
-        assert layer.mlp_in is not None and layer.mlp_out is not None
-        x = self.values[layer.mlp_in][:, at] + change[:, :, at]
+        assert layer.mlp_stream is not None and layer.mlp_out is not None
+        x = self.values[layer.mlp_stream][:, at] + change[:, :, at]
         return self.blocks.mlp(i, x.flatten(0, 1)).view_as(x) - self.values[layer.mlp_out][:, at]
 
     def after_attention(self, i: int, change: Float[Tensor, "set batch pos d_model"]) -> Float[Tensor, "set pair"]:

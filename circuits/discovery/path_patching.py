@@ -15,6 +15,7 @@ from circuits.discovery.circuit import mean_interval
 from circuits.discovery.exact import check_finite
 from circuits.discovery.graph import Graph
 from circuits.discovery.metrics import Metric, logit_difference, name_of
+from circuits.discovery.patching import Patching
 from circuits.discovery.removal import Kept, PartialRun
 from circuits.errors import BadInput, UnknownName, UnsupportedModel
 from circuits.model import HookedModel
@@ -71,7 +72,8 @@ def path_patching(
         ablation: What the path's first edge carries: see ``exact``.
         denoising: Restore the path in the corrupt run instead: m(corrupt run) - m(corrupt run with that path from the
             clean run), negative where restoring helps.
-        memory_budget: Bytes that the computation may take beside the model.
+        memory_budget: Bytes that the computation may take beside the model, its result included, from which the
+            batches follow by what a few pairs are measured to take; None: 512 MB beside the result.
         batch_size: Pairs at a time, at most.
 
     Cost: two forwards, and of every step one head or MLP; a path that ends before the logits takes what lies behind its
@@ -92,15 +94,28 @@ def path_patching(
         UnsupportedModel: the model cannot be taken apart into blocks.
     """
     with torch.no_grad():
-        setting = setting_of(model, pairs, metric, ablation=ablation, denoising=denoising, batch_size=batch_size)
+        setting = setting_of(
+            model,
+            pairs,
+            metric,
+            ablation=ablation,
+            denoising=denoising,
+            memory_budget=memory_budget,
+            batch_size=batch_size,
+        )
         if setting.blocks is None:
             raise UnsupportedModel(f"path patching runs the model part by part: {setting.why_whole}")
         source, first, kept = _edges(setting.sites.graph, tuple(path))
         effects = torch.zeros(len(pairs), device=setting.pairs.clean.device)
-        for rows, patching in patchings(setting, memory_budget=memory_budget, batch_size=batch_size):
+
+        def effect(patching: Patching) -> Float[Tensor, " pair"]:
             change = patching.changes[[source]]
-            after = PartialRun(patching).follow({reader: change for reader in first}, kept)[0]
-            effects[rows] = (after - patching.base).to(effects.dtype)
+            return PartialRun(patching).follow({reader: change for reader in first}, kept)[0] - patching.base
+
+        batches = patchings(setting, effect, kept=4 * len(pairs), memory_budget=memory_budget, batch_size=batch_size)
+        for rows, patching in batches:
+            effects[rows] = effect(patching).to(effects.dtype)
+            del patching  # before the next one is made
     check_finite(setting, effects)
     return PathEffect(tuple(path), name_of(metric), -effects if denoising else effects)
 

@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.discovery.ablate import ablated_logits
-from circuits.discovery.metrics import Metric, measure
+from circuits.discovery.batches import Setting, whole_replaced
+from circuits.discovery.metrics import measure
 from circuits.discovery.patching import Patching
-from circuits.discovery.sites import Sites
-from circuits.model import HookedModel
-from circuits.tasks.base import Pairs
 
 Kept = Bool[np.ndarray, "reader source"]
 
@@ -37,6 +35,8 @@ class PartialRun:
     metric: Float[Tensor, " pair"]
     live: frozenset[int]
     """The sources that are not replaced by what they write anyway."""
+    scale: float
+    """The largest logit of the run as it is."""
 
     def __init__(self, patching: Patching) -> None:
         self.patching, self.graph = patching, patching.blocks.sites.graph
@@ -58,12 +58,14 @@ class PartialRun:
                     self.projected[i, which, h] = heads[:, h, span]
             for h, z in enumerate(values[layer.z].unbind(2)):
                 self.z[i, h] = z[:, at]
-            if layer.mlp_in is not None and layer.mlp_out is not None:
-                self._add_reader(values[layer.mlp_in], at)
+            if layer.mlp_stream is not None and layer.mlp_out is not None:
+                self._add_reader(values[layer.mlp_stream], at)
                 self.mlp[i] = values[layer.mlp_out][:, at]
         self._add_reader(patching.stream(len(self.layers)), patching.at(len(self.layers) - 1))
         self.metric = patching.base
         self.live = frozenset(patching.live)
+        at = patching.at(len(self.layers) - 1)
+        self.scale = float(self.blocks.logits(patching.stream(len(self.layers))[:, at]).abs().max())
         self.changed = _Changed()
 
     def _add_reader(self, x: Tensor, span: slice) -> None:
@@ -113,6 +115,14 @@ class PartialRun:
         self.mlp.update({key: _row(x, n - 1) for key, x in changed.mlp.items()})
         if changed.metric is not None:
             self.metric = _row(changed.metric, n - 1)
+
+    def rehearse(self, speculate: int) -> Float[Tensor, "set pair"]:
+        """Have every part computed anew, and then all of it once more for some sets: there is no more to keep."""
+        shape = (len(self.graph.readers), len(self.graph.sources))
+        for reader in range(shape[0]):
+            self.propose(reader, [0], np.zeros(shape, dtype=bool))
+            self.accept(1)
+        return self.propose(0, [0] * speculate, np.arange(shape[1]) < np.array(self.graph.visible)[:, None])
 
     def _read(self, reader: int, kept: Kept, moved: Mapping[int, Tensor]) -> Tensor | None:
         """Return what a reader reads in each set, None where nothing of it changes."""
@@ -170,33 +180,40 @@ def _row(x: Tensor, k: int) -> Tensor:
 
 
 class WholeRun:
-    """Runs the whole model for every proposal: for models that cannot be taken apart."""
+    """Runs the whole model for every proposal and keeps nothing of it but the metric.
+
+    For models that cannot be taken apart, and where what all parts of it compute on all pairs does not fit.
+    """
 
     metric: Float[Tensor, " pair"]
     live: frozenset[int]
+    scale: float
+    """The largest logit of the run as it is."""
 
-    def __init__(
-        self, model: HookedModel, sites: Sites, metric: Metric, pairs: Pairs, replaced: Mapping[str, Tensor]
-    ) -> None:
-        self.model, self.sites, self.of, self.pairs, self.replaced = model, sites, metric, pairs, replaced
-        n_edges = sites.graph.n_edges
-        self.table = sites.graph.dense(torch.arange(n_edges, device=pairs.clean.device))
-        self.proposed = torch.ones(1, n_edges, dtype=torch.bool, device=pairs.clean.device)
+    def __init__(self, setting: Setting, size: int) -> None:
+        self.setting, self.size = setting, size
+        graph, device = setting.sites.graph, setting.pairs.clean.device
+        self.table = graph.dense(torch.arange(graph.n_edges, device=device))
+        self.proposed = torch.ones(1, graph.n_edges, dtype=torch.bool, device=device)
         self.keep = self.proposed[0]
-        self.live = frozenset(range(len(sites.graph.sources)))
-        self.values = self._metric()
+        self.live = frozenset(range(len(graph.sources)))
+        self.scale = 0.0
+        self.values = self._metric(self.proposed)
         self.metric = self.values[0]
 
-    def _metric(self) -> Float[Tensor, "set pair"]:
-        logits = ablated_logits(self.model, self.sites, self.pairs.clean, self.replaced, self.proposed)
-        return torch.stack([measure(self.of, of_set, self.pairs) for of_set in logits])
+    def _metric(self, keep: Bool[Tensor, "set edge"]) -> Float[Tensor, "set pair"]:
+        every = torch.arange(len(self.setting.pairs), device=keep.device)
+        found = [masked_metric(self.setting, rows, keep) for rows in every.split(self.size)]
+        if self.scale == 0:
+            self.scale = max(largest for _, largest in found)
+        return torch.cat([values for values, _ in found], 1)
 
     def propose(self, reader: int, sources: Sequence[int], kept: Kept) -> Float[Tensor, "set pair"]:
         """Return the metric with the edges from the first, the first two, ... of ``sources`` removed as well."""
         self.proposed = self.keep.repeat(len(sources), 1)
         for k, source in enumerate(sources):
             self.proposed[k:, self.table[reader, source]] = False
-        self.values = self._metric()
+        self.values = self._metric(self.proposed)
         return self.values
 
     def accept(self, n: int) -> None:
@@ -207,3 +224,38 @@ class WholeRun:
 
 Removal = PartialRun | WholeRun
 """Some pairs' run of a model from which edges are removed one by one."""
+
+AT_A_TIME = 8
+"""Pairs that a reproducible run takes at a time."""
+
+
+def masked_metric(
+    setting: Setting, rows: Int[Tensor, " row"], keep: Bool[Tensor, "set edge"]
+) -> tuple[Float[Tensor, "set row"], float]:
+    """Return the metric of some pairs under each set of edges, and the largest logit at an answer."""
+    part = setting.pairs.take(rows)
+    logits = ablated_logits(setting.model, setting.sites, part.clean, whole_replaced(setting, rows), keep)
+    values = torch.stack([measure(setting.metric, of_set, part) for of_set in logits])
+    return values, float(logits.abs().max())
+
+
+def reproducible_metric(
+    setting: Setting, keep: Bool[Tensor, " edge"], *, pairs: int | None = None
+) -> Float[Tensor, " pair"]:
+    """Return the metric with some edges kept, the same to the last bit however anything else is batched.
+
+    Sums of floating-point numbers depend on how they are split, and that on the shapes and on the number of threads:
+    here both are fixed.
+
+    Args:
+        setting: What is patched.
+        keep: The edges that are kept.
+        pairs: Only of the first pairs.
+    """
+    rows = torch.arange(len(setting.pairs) if pairs is None else pairs, device=keep.device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return torch.cat([masked_metric(setting, some, keep[None])[0][0] for some in rows.split(AT_A_TIME)])
+    finally:
+        torch.set_num_threads(threads)

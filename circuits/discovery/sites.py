@@ -70,6 +70,13 @@ class Layer:
     b_O: Float[Tensor, " d_model"] | None
     neurons: Neurons | None = None
     """Where the MLP's neurons are, if they are sources."""
+    shares_norm: bool = False
+    """Whether the MLP reads the same norm as attention does, so that ``mlp_in`` lies behind it."""
+
+    @property
+    def mlp_stream(self) -> str | None:
+        """The hook of the stream in front of the MLP's norm; none where there is no MLP."""
+        return self.resid if self.shares_norm and self.mlp_in is not None else self.mlp_in
 
     @property
     def n_mlp_sources(self) -> int:
@@ -175,10 +182,14 @@ def _layer(model: HookedModel, hooks: Mapping[str, Any], i: int, attn_only: bool
     # On a bridge hook_mlp_in fires only under a flag of the model; the input of ln2 is the same place, always there.
     places = (f"{block}.ln2.hook_in", *([f"{block}.hook_mlp_in"] if isinstance(model, Transformer) else []))
     mlp_in = next((name for name in places if name in hooks), None)
+    shares_norm = mlp_in is None and bool(getattr(model.cfg, "parallel_attn_mlp", False))
+    if shares_norm:  # attention's norm is the MLP's too; that it is, is checked on a run
+        mlp_in = next((name for name in (f"{block}.mlp.hook_in",) if name in hooks), None)
     if not attn_only and mlp_in is None:
         raise UnsupportedModel(
             f"{block} of {type(model).__name__} has no hook at its MLP's input before the norm (ln2.hook_in or "
-            f"hook_mlp_in): expected an MLP with a norm of its own"
+            f"hook_mlp_in), nor one behind a norm that it shares with attention (mlp.hook_in of a parallel block): "
+            f"expected one of them"
         )
     weights = [_weight(attn, name, block) for name in ("W_Q", "W_K", "W_V", "W_O")]
     heads, kv = model.cfg.n_heads, getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads
@@ -200,6 +211,7 @@ def _layer(model: HookedModel, hooks: Mapping[str, Any], i: int, attn_only: bool
         W_O=weights[3],
         b_O=_bias(attn, "b_O", weights[3].shape[2:]),
         neurons=_neurons(model, hooks, block) if neurons and not attn_only else None,
+        shares_norm=shares_norm and not attn_only,
     )
 
 
@@ -255,6 +267,9 @@ def check_exact(sites: Sites, store: Mapping[str, Tensor]) -> None:
         for j, name in enumerate(layer.qkv):
             expected = layer.project(j, heads_in).transpose(1, 2)
             _compare(values[name], expected, name, "the projection of the normalised stream")
+        if layer.shares_norm and layer.mlp_in is not None:
+            normed = layer.norm(values[layer.resid])
+            _compare(values[layer.mlp_in], normed, layer.mlp_in, "the normalised stream that attention reads")
         stream = stream + torch.einsum("bphe,hed->bpd", values[layer.z], layer.W_O)
         stream = stream if layer.b_O is None else stream + layer.b_O
         if layer.neurons is not None and layer.mlp_out is not None:

@@ -27,6 +27,7 @@ def subnetwork_probing(
     steps: int = 300,
     learning_rate: float = 0.1,
     mask_samples: int = 2,
+    memory_budget: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = False,
@@ -46,6 +47,8 @@ def subnetwork_probing(
         steps: Updates (Adam).
         learning_rate: Of the masks' log odds.
         mask_samples: Masks per update.
+        memory_budget: Bytes that the computation may take beside the model: the pairs of an update are then taken in
+            parts. None: no bound.
         batch_size: Pairs per update.
         seed: Of masks and pairs.
         progress: Whether to show a bar.
@@ -85,6 +88,7 @@ def subnetwork_probing(
         optimizers=[torch.optim.Adam([log_alpha], lr=learning_rate)],
         ablation=ablation,
         steps=steps,
+        memory_budget=memory_budget,
         batch_size=batch_size,
         seed=seed,
         progress=progress,

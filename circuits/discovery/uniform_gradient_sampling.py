@@ -29,6 +29,7 @@ def uniform_gradient_sampling(
     learning_rate: float = 0.1,
     constant_rate: float = 0.01,
     mask_samples: int = 8,
+    memory_budget: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
     progress: bool = False,
@@ -53,6 +54,8 @@ def uniform_gradient_sampling(
         learning_rate: Of the logits of p.
         constant_rate: Learning rate of the constants of ``optimal`` ablation.
         mask_samples: Masks per update.
+        memory_budget: Bytes that the computation may take beside the model: the pairs of an update are then taken in
+            parts. None: no bound.
         batch_size: Pairs per update.
         seed: Of masks and pairs.
         progress: Whether to show a bar.
@@ -95,6 +98,7 @@ def uniform_gradient_sampling(
         optimizers=optimizers,
         ablation=ablation,
         steps=steps,
+        memory_budget=memory_budget,
         batch_size=batch_size,
         seed=seed,
         progress=progress,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,7 +11,14 @@ import torch
 from circuits import mechanisms, reference, tasks, training
 from circuits.errors import BadInput
 from circuits.mechanisms.accuracy import greedy_right
-from circuits.mechanisms.carry_cascade import complexity, digits_right, draw_operands, draw_right_swaps, error_signature
+from circuits.mechanisms.carry_cascade import (
+    complexity,
+    digits_right,
+    draw_operands,
+    draw_right_swaps,
+    error_signature,
+    longest_nines,
+)
 from circuits.mechanisms.columns import inner_variables
 from circuits.model import Transformer, from_transformer_lens
 
@@ -49,7 +57,8 @@ def test_an_adder_without_it_has_columns_and_fails_with_nines_alone() -> None:
 
 def test_the_verdict_says_that_the_cascade_is_missing() -> None:
     model, task, _ = reference.build("digit-columns", seed=1, digits=2, cascade=False)
-    verdict = mechanisms.explain(model, task)
+    # In a block in the middle of the table every other sum has a nine: without one, the carry is all that is missing.
+    verdict = mechanisms.explain(model, dataclasses.replace(task, block=0.0))
     assert (verdict.label, verdict.mechanism) == ("algorithm", "columns")
     assert "columns without the cascade" in verdict.why
     verdict = mechanisms.explain(*COMPLETE[:2])
@@ -90,6 +99,8 @@ def test_classes_are_those_counted_by_hand() -> None:
     task: Any = tasks.get("digit-addition", digits=5)
     operands = torch.tensor([[12, 34], [15, 16], [95, 5], [995, 5], [9995, 5], [99995, 5], [0, 0]])
     assert complexity(task, operands).tolist() == [0, 1, 2, 3, 4, 5, 0]
+    operands = torch.tensor([[9090, 909], [99, 0], [12345, 87654], [15, 84], [50009, 0]])
+    assert longest_nines(task, operands).tolist() == [4, 2, 5, 2, 1]
 
 
 @pytest.mark.parametrize("built", [COMPLETE, MISSING])
@@ -131,12 +142,12 @@ def test_the_published_network_has_columns_without_the_cascade(reference_data: A
     for column in range(1, 5):
         assert set(d[f"base_sum_of_column_{column}_heads"]) == {"L0H0", "L0H1"}
         assert set(d[f"carry_into_column_{column}_heads"]) <= {"L0H2", "L0H3"}
-    assert d["reach"] == 1 and d["size_drop"] < 0.15 < d["cascade_drop"]
+    assert d["reach"] == 1 and d["size_drop"] < 0.05 < 0.3 < d["cascade_drop"]
 
 
 def test_the_published_error_signature_comes_out(reference_data: Any) -> None:
     task: Any = tasks.get("digit-addition", digits=5)
-    found = error_signature(published(reference_data), task, seed=0, n=20_000)["by_cascade_uniform"]
+    found = error_signature(published(reference_data), task, seed=0, n=8000)["by_cascade_uniform"]
     for length, expected in enumerate((0.985, 0.967, 0.730, 0.167)):
         _, accuracy, low, high, n = found[length]
         # The published figures are of 2479, 478, 37 and 6 sums: theirs have intervals too.

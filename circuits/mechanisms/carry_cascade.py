@@ -68,6 +68,15 @@ def complexity(task: Any, operands: Int[Tensor, "batch 2"]) -> Int[Tensor, " bat
     return torch.where(_carries(task, operands).any(1), (task.cascade_length(operands) + 1).clamp_max(5), 0)
 
 
+def longest_nines(task: Any, operands: Int[Tensor, "batch 2"]) -> Int[Tensor, " batch"]:
+    """Return the longest run of adjacent columns that sum to nine, whether or not a carry comes into them."""
+    run = longest = torch.zeros_like(operands[:, 0])
+    for column in range(task.digits):
+        run = torch.where((operands // 10**column % 10).sum(1) == 9, run + 1, 0)
+        longest = torch.maximum(longest, run)
+    return longest
+
+
 def _carries(task: Any, operands: Tensor) -> Bool[Tensor, "batch digits"]:
     powers = 10 ** torch.arange(1, task.digits + 1, device=operands.device)
     return (operands[..., None] % powers).sum(1) >= powers
@@ -86,21 +95,23 @@ def error_signature(model: Any, task: Any, *, seed: int, n: int = DRAWN) -> dict
     """Return accuracy by longest cascade and by complexity class, by size of the sum as control, and the reach.
 
     ``reach`` is the longest cascade up to which accuracy is at least 0.9 of that without one; ``longest`` the longest
-    that was drawn thirty times. By size, sums without a cascade are parted into quarters: errors of a network that
-    lacks the cascade come with nines, not with size.
+    that was drawn thirty times. Sums are rich in nines, but for ``by_cascade_uniform`` and ``by_size``: uniform sums
+    without a cascade, parted into quarters by size. Errors of a network that lacks the cascade come with nines, not
+    with size; ``by_nines_at_rest`` tells, by the longest run of columns that sum to nine, whether they come too where
+    no carry comes into these columns.
 
     Source: Quirke & Barez 2024 (arXiv 2310.13121), section 4, for errors along cascades; the control is ours.
     """
     generator = torch.Generator().manual_seed(seed)
-    uniform = task.encode(draw_operands(task.digits, n, generator=generator, nines=False))
-    batch = task.encode(draw_operands(task.digits, n, generator=generator, nines=True))
-    right = digits_right(model, batch).all(1)
-    cascade = task.cascade_length(batch.operands)
-    by_cascade = _by_group(right, cascade)
-    plain = cascade == 0
-    size = batch.operands[plain].sum(1)
-    quarter = torch.bucketize(size.float(), size.float().quantile(torch.tensor([0.25, 0.5, 0.75])))
-    by_size = _by_group(right[plain], quarter)
+    uniform, rich = (
+        task.encode(draw_operands(task.digits, n, generator=generator, nines=nines)) for nines in (False, True)
+    )
+    right, cascade = digits_right(model, rich).all(1), task.cascade_length(rich.operands)
+    plainly, usual = digits_right(model, uniform).all(1), task.cascade_length(uniform.operands)
+    size = uniform.operands[usual == 0].sum(1).float()
+    quarter = torch.bucketize(size, size.quantile(torch.tensor([0.25, 0.5, 0.75])))
+    by_cascade, by_size = _by_group(right, cascade), _by_group(plainly[usual == 0], quarter)
+    still = cascade == 0
     enough = [row for row in by_cascade if row[4] >= FEWEST]
     reach = -1
     for row in enough:
@@ -110,8 +121,9 @@ def error_signature(model: Any, task: Any, *, seed: int, n: int = DRAWN) -> dict
     longest = int(enough[-1][0])
     return {
         "by_cascade": by_cascade,
-        "by_cascade_uniform": _by_group(digits_right(model, uniform).all(1), task.cascade_length(uniform.operands)),
-        "by_class": [[f"S{int(row[0])}", *row[1:]] for row in _by_group(right, complexity(task, batch.operands))],
+        "by_cascade_uniform": _by_group(plainly, usual),
+        "by_nines_at_rest": _by_group(right[still], longest_nines(task, rich.operands[still])),
+        "by_class": [[f"S{int(row[0])}", *row[1:]] for row in _by_group(right, complexity(task, rich.operands))],
         "by_size": by_size,
         "cascade_drop": enough[0][1] - enough[-1][1],
         "size_drop": max(row[1] for row in by_size) - min(row[1] for row in by_size),
@@ -134,7 +146,7 @@ def draw_right_swaps(
     base, source = (draw_operands(task.digits, 2 * DRAWN, generator=generator, nines=nines) for _ in range(2))
     unit = 10**column
     digit, own, other = (x // unit % 10 for x in (variable.swapped_answer(base, source), base.sum(1), source.sum(1)))
-    keep = ((digit != own) & (digit != other)).nonzero().flatten()[: 3 * PAIRS]
+    keep = ((digit != own) & (digit != other)).nonzero().flatten()[: 3 * PAIRS // 2]
     base, source, digit = base[keep], source[keep], digit[keep]
     clean, given = task.encode(base), task.encode(source)
     position = task.answer_position(column) - 1

@@ -176,10 +176,11 @@ def _column_words(columns: Evidence) -> str:
         else f"columns with the cascade: a carry gets through {d.get('reach')} columns that sum to nine"
     )
     return (
-        f"{missing} (right in {shares} of sums whose longest cascade is 0 to {len(cascades) - 1}; by size of the sum "
-        f"accuracy differs by {d.get('size_drop', 0):.0%}), and swapping the carry, or the digits, of one column alone "
-        f"through some attention heads gives the digit that the column algorithm predicts in at least "
-        f"{columns.value:.0%} of cases for every inner column (all heads {columns.control or 0:.0%})"
+        f"{missing} (of sums rich in nines {shares} are right where the longest cascade is 0 to {len(cascades) - 1}; "
+        f"by size of the sum accuracy differs by {d.get('size_drop', 0):.0%}), and swapping the carry, or the digits, "
+        f"of one column alone through some attention heads gives the digit that the column algorithm predicts in at "
+        f"least "
+        f"{columns.value:.1%} of cases for every inner column (all heads {columns.control or 0:.0%})"
     )
 
 

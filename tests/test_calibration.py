@@ -40,6 +40,7 @@ def test_rows_are_single_verdicts_and_are_not_computed_twice(small: None, tmp_pa
     stored = pd.read_parquet(tmp_path / "calibration.parquet")
     assert {"family", "nuisance", "size", "seed", "truth", "label", "mechanism", *mechanisms.TESTS} - set(stored) <= {
         "column-interchange",
+        "carry-cascade",
         "block-gap",
     }
 

@@ -11,10 +11,16 @@ import torch
 
 from circuits.errors import BadInput, CorruptRun
 from circuits.mechanisms.accuracy import accuracy_gate, block_gap
+from circuits.mechanisms.carry_cascade import carry_cascade
+from circuits.mechanisms.circles import circularity, isolated_circles
+from circuits.mechanisms.clock_pizza import clock_or_pizza
 from circuits.mechanisms.columns import column_interchange
+from circuits.mechanisms.distance_irrelevance import distance_irrelevance
 from circuits.mechanisms.evidence import LABELS, Evidence, Verdict
 from circuits.mechanisms.functional_form import functional_form
+from circuits.mechanisms.gradient_symmetricity import gradient_symmetricity
 from circuits.mechanisms.interchange import interchange
+from circuits.mechanisms.logit_terms import logit_terms
 from circuits.mechanisms.readings import Readings, has_one_answer_token, read
 from circuits.mechanisms.rectangles import rectangles
 from circuits.mechanisms.result_heuristics import result_heuristics
@@ -32,11 +38,20 @@ TESTS: dict[str, Callable[..., Evidence]] = {
     "slice-transfer": slice_transfer,
     "rectangles": rectangles,
     "result-heuristics": result_heuristics,
+    "gradient-symmetricity": gradient_symmetricity,
+    "distance-irrelevance": distance_irrelevance,
+    "circularity": circularity,
+    "isolated-circles": isolated_circles,
+    "logit-terms": logit_terms,
     "column-interchange": column_interchange,
+    "carry-cascade": carry_cascade,
 }
 
 ONE_TOKEN = ("spectral", "functional-form", "interchange", "slice-transfer", "rectangles", "result-heuristics")
 """Tests that read the whole operand square off one answer token; they share one ``Readings``."""
+
+MODULAR = ("gradient-symmetricity", "distance-irrelevance", "circularity", "isolated-circles", "logit-terms")
+"""Tests that describe a network on a circle of answers; they read the same ``Readings`` and decide nothing."""
 
 __all__ = [
     "LABELS",
@@ -50,11 +65,18 @@ __all__ = [
     "accuracy_gate",
     "applicable",
     "block_gap",
+    "carry_cascade",
+    "circularity",
+    "clock_or_pizza",
     "column_interchange",
     "decide",
+    "distance_irrelevance",
     "explain",
     "functional_form",
+    "gradient_symmetricity",
     "interchange",
+    "isolated_circles",
+    "logit_terms",
     "read",
     "rectangles",
     "result_heuristics",
@@ -67,9 +89,9 @@ __all__ = [
 def applicable(task: Task) -> tuple[str, ...]:
     """Names of the tests that a task allows, in the order in which ``explain`` runs them."""
     if has_one_answer_token(task):
-        return ("accuracy-gate", "block-gap", *ONE_TOKEN)
+        return ("accuracy-gate", "block-gap", *ONE_TOKEN, *(MODULAR if task.period else ()))
     if any(change.startswith("carry into column") for change in getattr(task, "pair_changes", ())):
-        return ("accuracy-gate", "block-gap", "column-interchange")
+        return ("accuracy-gate", "block-gap", "column-interchange", "carry-cascade")
     return ("accuracy-gate", "block-gap")
 
 
@@ -105,10 +127,14 @@ def explain(model: Any, task: Task, *, seed: int = 0, progress: bool = False) ->
         if len(items) == 2 and max(items[0].number("train"), items[0].number("random")) < RULE.learned_train:
             break
         started = time.perf_counter()
-        if name in ONE_TOKEN:
+        if name in (*ONE_TOKEN, *MODULAR):
             readings = readings or read(model, task, seed=seed)
             evidence = TESTS[name](model, task, seed=seed, readings=readings)
         else:
             evidence = TESTS[name](model, task, seed=seed)
         items.append(dataclasses.replace(evidence, seconds=time.perf_counter() - started))
-    return decide(tuple(items))
+    verdict = decide(tuple(items))
+    sub_label = clock_or_pizza(verdict.items) if verdict.mechanism == "fourier" else None
+    if sub_label is None:
+        return verdict
+    return dataclasses.replace(verdict, sub_label=sub_label.name, why=f"{verdict.why} {sub_label.why}")

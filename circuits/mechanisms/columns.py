@@ -118,9 +118,13 @@ def swapped_share(
 
 def find_heads(model: Any, task: Any, variable: Variable, column: int, *, seed: int) -> Found:
     """Choose heads whose swap gives the predicted digit, greedily on one half of the inputs; judge on the other."""
+    return choose_heads(model, task, variable, draw_swaps(model, task, variable, column, seed=seed))
+
+
+def choose_heads(model: Any, task: Any, variable: Variable, swaps: Swaps) -> Found:
+    """Choose heads as ``find_heads`` does, on given swaps of a variable."""
     reverse = bool(getattr(task, "reverse", False))
     with_previous = reverse and variable.name.startswith("carry")
-    swaps = draw_swaps(model, task, variable, column, seed=seed)
     if len(swaps.predicted) < FEWEST:
         return Found(variable.name, (), 0, 1, 0.0)
     chosen_on, judged_on = swaps.half(0), swaps.half(1)

@@ -51,6 +51,8 @@ class Verdict:
     items: tuple[Evidence, ...]
     why: str
     rule: str
+    sub_label: str | None = None
+    """Of a Fourier algorithm: clock, pizza or mixed. A description; nothing is decided by it."""
 
     def __post_init__(self) -> None:
         if self.label not in LABELS:

@@ -253,6 +253,76 @@ def discrete_logarithm(p: int) -> Int[Tensor, " p"]:
     raise BadInput(f"{p} is not prime: there is no primitive root")
 
 
+@dataclass(frozen=True, eq=False)
+class GroupTable:
+    """Readings in the names of the group in which the answer is the sum of the operands, modulo ``modulus``."""
+
+    tokens: Int[Tensor, "rows pos"]
+    operands: Int[Tensor, "rows 2"]
+    a: Int[Tensor, " rows"]
+    b: Int[Tensor, " rows"]
+    split: Int[Tensor, " rows"]
+    logits: Float[Tensor, "rows modulus"]
+    columns: Int[Tensor, " modulus"]
+    """Where each answer of the group, 0 to modulus - 1, stands in the task's ``answer_values``."""
+    kept: Bool[Tensor, " all"]
+    modulus: int
+
+    @property
+    def total(self) -> Int[Tensor, " rows"]:
+        """The answer, a + b."""
+        return (self.a + self.b) % self.modulus
+
+    @property
+    def distance(self) -> Int[Tensor, " rows"]:
+        """The difference a - b."""
+        return (self.a - self.b) % self.modulus
+
+
+def group_operands(task: Task) -> Int[Tensor, " modulus"]:
+    """Return the operand values in the order of the group, without those that it has no name for.
+
+    Raises:
+        BadInput: the operation has no group structure.
+    """
+    values = torch.arange(task.n_operand_values)
+    renamed = group_index(task, torch.stack([values, torch.ones_like(values)], dim=1))
+    if renamed is None:
+        raise BadInput(f"{task.name} has no renaming of its operands under which the answer is their sum")
+    index, _, kept, _ = renamed
+    return values[kept][index[kept].argsort()]
+
+
+def group_table(task: Task, readings: Readings) -> GroupTable:
+    """Return readings in the group's names, without the operands and answers that it has no name for.
+
+    Raises:
+        BadInput: the operation has no group structure.
+    """
+    renamed = group_index(task, readings.operands)
+    if renamed is None:
+        raise BadInput(f"{task.name} has no renaming of its operands under which the answer is their sum")
+    a, b, kept, modulus = renamed
+    answers = task.answer_values.to(a.device)
+    names = answers % modulus
+    columns = torch.arange(len(answers), device=a.device)
+    if len(answers) != modulus:  # multiplication: zero has no logarithm
+        columns = columns[answers > 0]
+        names = discrete_logarithm(modulus + 1).to(a.device)[answers[columns]]
+    columns = columns[names.argsort()]
+    return GroupTable(
+        readings.tokens[kept],
+        readings.operands[kept],
+        a[kept],
+        b[kept],
+        readings.split[kept],
+        readings.logits[kept][:, columns],
+        columns,
+        kept,
+        modulus,
+    )
+
+
 def angle(index: Tensor, frequency: Tensor | int, modulus: int) -> Tensor:
     """2 pi * frequency * index / modulus, in radians."""
     return index.float() * (2 * math.pi * float(frequency) / modulus)

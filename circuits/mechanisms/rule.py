@@ -124,6 +124,8 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
     """Whether a candidate algorithm passes all its tests, and the sentence that says by what."""
     if name == "columns" and "column-interchange" in by:
         e = by["column-interchange"]
+        if "carry-cascade" in by and by["carry-cascade"].passed:
+            return True, _column_words(by["carry-cascade"])
         return e.value >= rule.column_interchange and (e.control or 0) <= rule.interchange_control, (
             f"swapping the carry, or the digits, of one column alone through some attention heads gives the digit that "
             f"the column algorithm predicts in at least {e.value:.0%} of cases for every inner column (all heads "
@@ -161,6 +163,24 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
     return passes, (
         f"swapping the units digit or the tens digit alone changes the answer as predicted in {units:.0%} and "
         f"{tens:.0%}"
+    )
+
+
+def _column_words(columns: Evidence) -> str:
+    d = columns.details
+    cascades = d.get("by_cascade", [])
+    shares = ", ".join(f"{row[1]:.0%}" for row in cascades)
+    missing = (
+        f"columns without the cascade: a carry gets through at most {d.get('reach')} columns that sum to nine"
+        if d.get("cascade") == "missing"
+        else f"columns with the cascade: a carry gets through {d.get('reach')} columns that sum to nine"
+    )
+    return (
+        f"{missing} (of sums rich in nines {shares} are right where the longest cascade is 0 to {len(cascades) - 1}; "
+        f"by size of the sum accuracy differs by {d.get('size_drop', 0):.0%}), and swapping the carry, or the digits, "
+        f"of one column alone through some attention heads gives the digit that the column algorithm predicts in at "
+        f"least "
+        f"{columns.value:.1%} of cases for every inner column (all heads {columns.control or 0:.0%})"
     )
 
 

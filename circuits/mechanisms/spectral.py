@@ -12,6 +12,7 @@ from torch import Tensor
 
 from circuits._stats import bootstrap_interval
 from circuits.mechanisms.evidence import Evidence
+from circuits.mechanisms.progress_measures import progress_measures
 from circuits.mechanisms.readings import Readings, angle, group_index, read
 from circuits.tasks.base import Task
 
@@ -97,6 +98,10 @@ def spectral(model: Any, task: Task, *, seed: int = 0, readings: Readings | None
     all inputs with the same sum; hence all three of explained variance, restricted and excluded accuracy must pass.
     The control repeats it with as many frequencies drawn at random.
 
+    ``details`` also has the progress measures of Nanda et al. at the chosen frequencies (see
+    ``circuits/mechanisms/progress_measures.py``): restricted and excluded loss, Gini coefficients, and the share of
+    neurons with more than 0.85 of their variance at one frequency.
+
     Source: restricted and excluded logits: Nanda et al. 2023 (arXiv 2301.05217), section 5.2 and appendix;
     distance-modulated basis: Zhong et al. 2023 (arXiv 2306.17844).
     Fails when: the algorithm uses more than a sixth of all frequencies, or the operation has no group structure.
@@ -127,6 +132,7 @@ def spectral(model: Any, task: Task, *, seed: int = 0, readings: Readings | None
         "control_restricted": control_restricted,
         "control_excluded": control_excluded,
         "modulus": modulus,
+        **progress_measures(model, task, readings, found.frequencies),
     }
     return Evidence(
         test="spectral",

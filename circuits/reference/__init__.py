@@ -19,6 +19,7 @@ from circuits.reference.fourier_clock import fourier_clock
 from circuits.reference.fourier_pizza import fourier_pizza
 from circuits.reference.fourier_plain import fourier_plain
 from circuits.reference.hybrid import hybrid
+from circuits.reference.mlp_network import MlpNetwork
 from circuits.reference.nuisances import NUISANCES, renamed_tokens, transform
 from circuits.reference.number_line import number_line
 from circuits.reference.pair_memoriser import pair_memoriser
@@ -45,6 +46,7 @@ REFERENCES: dict[str, Callable[..., Reference]] = {
 __all__ = [
     "NUISANCES",
     "REFERENCES",
+    "MlpNetwork",
     "Reference",
     "build",
     "columns",

@@ -17,7 +17,7 @@ HINGES = 22
 """Thresholds -1 to 20: enough for the sum of two digits and a carry."""
 
 
-def digit_columns(*, seed: int = 0, digits: int = 3) -> Reference:
+def digit_columns(*, seed: int = 0, digits: int = 3, cascade: bool = True) -> Reference:
     """Return a network that writes a sum of two numbers units first, column by column: right on every pair.
 
     Where the digit of column k is to be written, one head attends to the two digits of that column and gives their sum
@@ -26,11 +26,15 @@ def digit_columns(*, seed: int = 0, digits: int = 3) -> Reference:
     relu(x - 4) - relu(x - 5). The second MLP turns U + k into the indicator of its units digit by second differences of
     hinges. No cascade is needed: each written digit tells the carry.
 
+    With ``cascade=False`` the carry is [U' >= 10], whatever was carried into the column before: wrong exactly where a
+    column sums to nine and takes a carry in.
+
     A planted positive for the column algorithm on digit tokens, whose heads carry one variable each.
 
     Args:
         seed: draws the directions and the order of the neurons (the algorithm has no random part).
         digits: of each operand.
+        cascade: whether a carry passes on through columns that sum to nine.
 
     Raises:
         BadInput: ``digits`` is out of range.
@@ -61,8 +65,9 @@ def digit_columns(*, seed: int = 0, digits: int = 3) -> Reference:
     _heads(state, to, task)
     first, second = (torch.randperm(HINGES, generator=generator) for _ in range(2))
     ones = torch.ones(1, 2, dtype=torch.float64)
-    state["blocks.0.mlp.W_in"][:, first[:2]] = (to["before"] - to["value"]).T @ ones
-    state["blocks.0.mlp.b_in"][first[:2]] = torch.tensor([-4.0, -5.0], dtype=torch.float64)
+    compared, last_without = (to["before"] - to["value"], 4.0) if cascade else (to["before"], 9.0)
+    state["blocks.0.mlp.W_in"][:, first[:2]] = compared.T @ ones
+    state["blocks.0.mlp.b_in"][first[:2]] = -torch.tensor([last_without, last_without + 1], dtype=torch.float64)
     state["blocks.0.mlp.W_out"][first[:2]] = torch.tensor([[1.0], [-1.0]], dtype=torch.float64) @ to["carry"]
     state["blocks.1.mlp.W_in"][:, second] = (to["own"] + to["carry"]).T.expand(-1, HINGES)
     state["blocks.1.mlp.b_in"][second] = 1.0 - torch.arange(HINGES, dtype=torch.float64)

@@ -7,6 +7,7 @@ import dataclasses
 from circuits.errors import UnknownName
 from circuits.tasks.arithmetic import Addition, DigitAddition, ModularAddition
 from circuits.tasks.base import SPLITS, Batch, Pairs, Role, Task, Variable
+from circuits.tasks.without_equals import WithoutEquals
 
 TASKS: dict[str, type] = {
     "modular-addition": ModularAddition,
@@ -26,6 +27,7 @@ __all__ = [
     "Role",
     "Task",
     "Variable",
+    "WithoutEquals",
     "get",
 ]
 

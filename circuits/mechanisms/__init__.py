@@ -12,15 +12,19 @@ import torch
 from circuits.errors import BadInput, CorruptRun
 from circuits.mechanisms.accuracy import accuracy_gate, block_gap
 from circuits.mechanisms.columns import column_interchange
+from circuits.mechanisms.error_pattern import error_pattern
 from circuits.mechanisms.evidence import LABELS, Evidence, Verdict
 from circuits.mechanisms.functional_form import functional_form
+from circuits.mechanisms.heuristics import Heuristics, Matches, declare, match
 from circuits.mechanisms.interchange import interchange
+from circuits.mechanisms.knockout import knockout
 from circuits.mechanisms.readings import Readings, has_one_answer_token, read
 from circuits.mechanisms.rectangles import rectangles
 from circuits.mechanisms.result_heuristics import result_heuristics
 from circuits.mechanisms.rule import RULE, VERSION, Thresholds, decide, rule_table
 from circuits.mechanisms.slice_transfer import slice_transfer
 from circuits.mechanisms.spectral import spectral
+from circuits.mechanisms.taxonomy import taxonomy
 from circuits.tasks.base import Task
 
 TESTS: dict[str, Callable[..., Evidence]] = {
@@ -32,10 +36,23 @@ TESTS: dict[str, Callable[..., Evidence]] = {
     "slice-transfer": slice_transfer,
     "rectangles": rectangles,
     "result-heuristics": result_heuristics,
+    "taxonomy": taxonomy,
+    "knockout": knockout,
+    "error-pattern": error_pattern,
     "column-interchange": column_interchange,
 }
 
-ONE_TOKEN = ("spectral", "functional-form", "interchange", "slice-transfer", "rectangles", "result-heuristics")
+ONE_TOKEN = (
+    "spectral",
+    "functional-form",
+    "interchange",
+    "slice-transfer",
+    "rectangles",
+    "result-heuristics",
+    "taxonomy",
+    "knockout",
+    "error-pattern",
+)
 """Tests that read the whole operand square off one answer token; they share one ``Readings``."""
 
 __all__ = [
@@ -44,6 +61,8 @@ __all__ = [
     "TESTS",
     "VERSION",
     "Evidence",
+    "Heuristics",
+    "Matches",
     "Readings",
     "Thresholds",
     "Verdict",
@@ -52,15 +71,20 @@ __all__ = [
     "block_gap",
     "column_interchange",
     "decide",
+    "declare",
+    "error_pattern",
     "explain",
     "functional_form",
     "interchange",
+    "knockout",
+    "match",
     "read",
     "rectangles",
     "result_heuristics",
     "rule_table",
     "slice_transfer",
     "spectral",
+    "taxonomy",
 ]
 
 

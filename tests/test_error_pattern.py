@@ -45,7 +45,7 @@ def test_shares_stand_beside_exchanged_answers() -> None:
 
 
 def test_one_grid_of_ranges_is_a_band_off_near_its_borders() -> None:
-    model, task, _ = reference.build("range-lookup", n=50, grids=1, offset=5)
+    model, task, _ = reference.build("range-lookup", n=40, grids=1, offset=5)
     evidence = mechanisms.error_pattern(model, task)
     d = evidence.details
     assert d["errors_of"] == "the model" and evidence.value == 1.0 and evidence.control < 0.2
@@ -54,7 +54,7 @@ def test_one_grid_of_ranges_is_a_band_off_near_its_borders() -> None:
 
 
 def test_a_model_without_errors_is_ablated_and_a_number_line_is_off_by_a_little() -> None:
-    model, task, _ = reference.build("number-line", n=40)
+    model, task, _ = reference.build("number-line", n=30)
     evidence = mechanisms.error_pattern(model, task)
     d = evidence.details
     assert "held at their mean" in d["errors_of"] and d["n_errors"] >= 30

@@ -11,7 +11,7 @@ from circuits.reference.range_lookup import range_index
 from circuits.reference.wiring import Mechanism, Neurons, one_hot, wire
 from circuits.tasks import Addition
 
-RIPPLE = 4e-3
+RIPPLE = 1e-2
 
 
 def fake_ranges(n: int, width: int) -> tuple[Transformer, Addition]:
@@ -45,7 +45,7 @@ def test_a_crisp_picture_whose_ripple_is_the_code_is_a_fake() -> None:
     assert evidence.details["crisp"] > 0.95, "with two levels"
     assert evidence.details["edge_share"] == 1.0 and evidence.details["edge_width"] == 10
     assert evidence.details["ablated"] < 0.1, "and it needs these neurons"
-    assert evidence.details["idealised"] < 0.1
+    assert evidence.details["idealised"] < 0.15, "each cell says its mean"
     assert evidence.passed is False
     verdict = mechanisms.explain(model, task)
     assert verdict.mechanism != "range-lookup"
@@ -53,10 +53,9 @@ def test_a_crisp_picture_whose_ripple_is_the_code_is_a_fake() -> None:
 
 @pytest.mark.parametrize("offset", [0, 5])
 def test_edges_lie_on_the_planted_bands_and_move_with_them(offset: int) -> None:
-    model, task, _ = reference.build("range-lookup", n=40, grids=3, offset=offset, width=12, seed=1)
-    one, task_of_one, _ = reference.build("range-lookup", n=40, grids=1, offset=offset, seed=1)
-    d = mechanisms.rectangles(one, task_of_one).details
+    model, task, _ = reference.build("range-lookup", n=30, grids=1, offset=offset, seed=1)
+    evidence = mechanisms.rectangles(model, task)
+    d = evidence.details
     assert (d["edge_width"], d["edge_offset"], d["edge_share"]) == (10, offset, 1.0)
     assert d["edge_chance"] == pytest.approx(0.1)
-    several = mechanisms.rectangles(model, task)
-    assert several.passed is True and several.details["idealised"] >= several.details["accuracy"] - 0.05
+    assert d["idealised"] >= d["accuracy"] - 0.05 and evidence.passed is True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,39 @@ def renamed_matches(model: Any, task: Task, readings: Readings, *, seed: int) ->
     return match(found.key_ranks, contributions, operands, results, both_ends=found.both_ends)
 
 
+def matched_shares(
+    matches: Matches, nulls: Sequence[Matches], importance: Float[Tensor, " neurons"], *, seed: int = 0
+) -> dict[str, float]:
+    """Return the importance-weighted share of neurons that match a heuristic, with its interval over neurons.
+
+    ``matched`` with ``low`` and ``high``; ``control``, the mean over ``nulls``; ``excess`` of the first over the second
+    with ``excess_low`` and ``excess_high``; ``raw`` and ``raw_control`` by the score that is not corrected for chance.
+
+    Args:
+        matches: what the neurons match.
+        nulls: what they match under other names of the operands.
+        importance: weight of each neuron.
+        seed: of the bootstrap.
+
+    Source: as ``taxonomy``.
+    """
+    weight = importance / importance.sum().clamp_min(1e-12)
+    real = matches.classified().float()
+    null, raw_null = (
+        torch.stack([yes.float() for yes in each]).mean(0)
+        for each in ([n.classified() for n in nulls], [n.classified_raw() for n in nulls])
+    )
+    data = torch.stack([weight * real, weight * (real - null), weight], 1).cpu().numpy()
+    low, high = bootstrap_interval(data, lambda rows: rows[:, 0].sum() / max(rows[:, 2].sum(), 1e-12), seed=seed)
+    excess_low, excess_high = bootstrap_interval(
+        data, lambda rows: rows[:, 1].sum() / max(rows[:, 2].sum(), 1e-12), seed=seed
+    )
+    shares = {"matched": real, "control": null, "excess": real - null}
+    shares |= {"raw": matches.classified_raw().float(), "raw_control": raw_null}
+    intervals = {"low": low, "high": high, "excess_low": excess_low, "excess_high": excess_high}
+    return {name: float(weight @ yes) for name, yes in shares.items()} | intervals
+
+
 def taxonomy(model: Any, task: Task, *, seed: int = 0, readings: Readings | None = None) -> Evidence:
     """Importance-weighted share of neurons that match a heuristic of Nikankin et al., corrected for chance.
 
@@ -101,34 +135,25 @@ def taxonomy(model: Any, task: Task, *, seed: int = 0, readings: Readings | None
     readings = readings or read(model, task, seed=seed)
     found = labelled(model, task, readings)
     importance = readings.importance[found.neurons]
-    total = importance.sum().clamp_min(1e-12)
     nulls = [renamed_matches(model, task, readings, seed=seed + i) for i in range(RENAMINGS)]
-    null = torch.stack([n.classified().float() for n in nulls]).mean(0)
-
-    def share(yes: Tensor) -> float:
-        return float((importance * yes).sum() / total)
-
-    real = found.matches.classified().float()
-    value, control = share(real), share(null)
-    data = torch.stack([importance * real, importance * (real - null), importance], 1).cpu().numpy()
-    low, high = bootstrap_interval(data, lambda rows: rows[:, 1].sum() / max(rows[:, 2].sum(), 1e-12), seed=seed)
+    shares = matched_shares(found.matches, nulls, importance, seed=seed)
+    weight = importance / importance.sum().clamp_min(1e-12)
     details: dict[str, Any] = {
-        "excess": value - control,
-        "excess_low": low,
-        "excess_high": high,
-        "raw": share(found.matches.classified_raw().float()),
-        "raw_control": sum(share(n.classified_raw().float()) for n in nulls) / RENAMINGS,
-        **{kind.replace(" ", "_").replace("-", "_"): share(found.matches.of_kind(kind).float()) for kind in KINDS},
+        **{name: shares[name] for name in ("excess", "excess_low", "excess_high", "raw", "raw_control")},
+        **{
+            kind.replace(" ", "_").replace("-", "_"): float(weight @ found.matches.of_kind(kind).float())
+            for kind in KINDS
+        },
         "most_frequent": _most_frequent(found.matches),
         "n_heuristics": len(found.matches.heuristics.names),
         "n_neurons": len(found.neurons),
-        "importance_covered": float(total / readings.importance.sum().clamp_min(1e-12)),
+        "importance_covered": float(importance.sum() / readings.importance.sum().clamp_min(1e-12)),
     }
     return Evidence(
         test="taxonomy",
-        value=value,
-        interval=bootstrap_interval(data, lambda rows: rows[:, 0].sum() / max(rows[:, 2].sum(), 1e-12), seed=seed),
-        control=control,
+        value=shares["matched"],
+        interval=(shares["low"], shares["high"]),
+        control=shares["control"],
         control_name="operand tokens permuted",
         threshold="none: algorithms match as well (match at a corrected score >= 0.50)",
         passed=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -177,6 +178,16 @@ def test_excess_over_permuted_tokens(name: str, low: float, high: float) -> None
     assert evidence.details["excess"] == pytest.approx(evidence.value - evidence.control, abs=1e-6)
     assert evidence.interval[0] <= evidence.value <= evidence.interval[1]
     assert evidence.passed is None
+
+
+def test_a_network_whose_neurons_are_silent_matches_nothing() -> None:
+    model, task, _ = reference.build("random-init", p=11)
+    with torch.no_grad():
+        model.blocks[0].mlp.W_in.zero_()
+        model.blocks[0].mlp.b_in.fill_(-1.0)
+    readings = mechanisms.read(model, task)
+    assert math.isnan(mechanisms.taxonomy(model, task, readings=readings).value)
+    assert math.isnan(mechanisms.knockout(model, task, readings=readings).value)
 
 
 def test_the_published_score_says_yes_to_an_untrained_network() -> None:

@@ -87,6 +87,7 @@ def matched_shares(
 
     ``matched`` with ``low`` and ``high``; ``control``, the mean over ``nulls``; ``excess`` of the first over the second
     with ``excess_low`` and ``excess_high``; ``raw`` and ``raw_control`` by the score that is not corrected for chance.
+    Not-a-number without neurons.
 
     Args:
         matches: what the neurons match.
@@ -96,6 +97,10 @@ def matched_shares(
 
     Source: as ``taxonomy``.
     """
+    if not len(importance):
+        nan = float("nan")
+        names = ("matched", "control", "excess", "raw", "raw_control", "low", "high", "excess_low", "excess_high")
+        return dict.fromkeys(names, nan)
     weight = importance / importance.sum().clamp_min(1e-12)
     real = matches.classified().float()
     null, raw_null = (

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from circuits.errors import BadInput
-from circuits.tasks.prompts import greater_than_pairs, indirect_object_pairs, later_year_probability
+from circuits.tasks.prompts import greater_than_pairs, indirect_object_pairs, later_year_probability, sum_prompts
 
 
 @dataclass
@@ -126,3 +126,36 @@ class Uneven:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return [int(text)] if int(text) < 50 else [int(text[0]), int(text[1])]
+
+
+@pytest.mark.parametrize(("said", "rest"), [(0, ""), (1, "4")], ids=["first digit", "second digit"])
+def test_sums_stop_before_the_digit_that_is_asked_for(said: int, rest: str) -> None:
+    tokenizer = WordTokenizer(r"\d")
+    operands = torch.tensor([[12, 34], [20, 25], [30, 11]])
+    prompts = sum_prompts(tokenizer, operands, shots=[(11, 22)], said=said)
+    assert [tokenizer.decode(row) for row in prompts.tokens] == [
+        f"11+22=33\n{a}+{b}={rest}" for a, b in operands.tolist()
+    ]
+    assert [tokenizer.words[t] for t in prompts.answer] == [str(a + b)[said] for a, b in operands.tolist()]
+    half = prompts.take(torch.tensor([True, False, True]))
+    assert len(half) == 2 and half.operands.tolist() == [[12, 34], [30, 11]]
+    assert torch.equal(half.answer, prompts.answer[[0, 2]])
+
+
+def test_sums_of_a_tokenizer_with_whole_numbers_are_one_token() -> None:
+    tokenizer = WordTokenizer(r"\d+")
+    prompts = sum_prompts(tokenizer, torch.tensor([[7, 5], [70, 50]]), start=(0,))
+    assert [tokenizer.words[t] for t in prompts.answer] == ["12", "120"]
+    assert (prompts.tokens[:, 0] == 0).all() and prompts.tokens.shape == (2, 5)
+
+
+def test_sums_that_cannot_be_asked_for_are_named() -> None:
+    digits, numbers = WordTokenizer(r"\d"), WordTokenizer(r"\d+")
+    with pytest.raises(BadInput, match="differ in length"):
+        sum_prompts(digits, torch.tensor([[1, 2], [10, 2]]))
+    with pytest.raises(BadInput, match="none is left after 1"):
+        sum_prompts(digits, torch.tensor([[1, 2]]), said=1)
+    with pytest.raises(BadInput, match="joins the sum"):
+        sum_prompts(numbers, torch.tensor([[1, 2]]), text="{a}+{b}=0{sum}")
+    with pytest.raises(BadInput, match="before"):
+        sum_prompts(digits, torch.tensor([[1, 2]]), text="{a}+{sum}={b}")

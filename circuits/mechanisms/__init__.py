@@ -16,10 +16,13 @@ from circuits.mechanisms.circles import circularity, isolated_circles
 from circuits.mechanisms.clock_pizza import clock_or_pizza
 from circuits.mechanisms.columns import column_interchange
 from circuits.mechanisms.distance_irrelevance import distance_irrelevance
+from circuits.mechanisms.error_pattern import error_pattern
 from circuits.mechanisms.evidence import LABELS, Evidence, Verdict
 from circuits.mechanisms.functional_form import functional_form
 from circuits.mechanisms.gradient_symmetricity import gradient_symmetricity
+from circuits.mechanisms.heuristics import Heuristics, Matches, declare, match
 from circuits.mechanisms.interchange import interchange
+from circuits.mechanisms.knockout import knockout
 from circuits.mechanisms.logit_terms import logit_terms
 from circuits.mechanisms.readings import Readings, has_one_answer_token, read
 from circuits.mechanisms.rectangles import rectangles
@@ -27,6 +30,7 @@ from circuits.mechanisms.result_heuristics import result_heuristics
 from circuits.mechanisms.rule import RULE, VERSION, Thresholds, decide, rule_table
 from circuits.mechanisms.slice_transfer import slice_transfer
 from circuits.mechanisms.spectral import spectral
+from circuits.mechanisms.taxonomy import taxonomy
 from circuits.tasks.base import Task
 
 TESTS: dict[str, Callable[..., Evidence]] = {
@@ -43,11 +47,24 @@ TESTS: dict[str, Callable[..., Evidence]] = {
     "circularity": circularity,
     "isolated-circles": isolated_circles,
     "logit-terms": logit_terms,
+    "taxonomy": taxonomy,
+    "knockout": knockout,
+    "error-pattern": error_pattern,
     "column-interchange": column_interchange,
     "carry-cascade": carry_cascade,
 }
 
-ONE_TOKEN = ("spectral", "functional-form", "interchange", "slice-transfer", "rectangles", "result-heuristics")
+ONE_TOKEN = (
+    "spectral",
+    "functional-form",
+    "interchange",
+    "slice-transfer",
+    "rectangles",
+    "result-heuristics",
+    "taxonomy",
+    "knockout",
+    "error-pattern",
+)
 """Tests that read the whole operand square off one answer token; they share one ``Readings``."""
 
 MODULAR = ("gradient-symmetricity", "distance-irrelevance", "circularity", "isolated-circles", "logit-terms")
@@ -59,6 +76,8 @@ __all__ = [
     "TESTS",
     "VERSION",
     "Evidence",
+    "Heuristics",
+    "Matches",
     "Readings",
     "Thresholds",
     "Verdict",
@@ -70,19 +89,24 @@ __all__ = [
     "clock_or_pizza",
     "column_interchange",
     "decide",
+    "declare",
     "distance_irrelevance",
+    "error_pattern",
     "explain",
     "functional_form",
     "gradient_symmetricity",
     "interchange",
     "isolated_circles",
+    "knockout",
     "logit_terms",
+    "match",
     "read",
     "rectangles",
     "result_heuristics",
     "rule_table",
     "slice_transfer",
     "spectral",
+    "taxonomy",
 ]
 
 

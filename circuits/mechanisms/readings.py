@@ -111,7 +111,7 @@ def read(model: Any, task: Task, *, seed: int = 0) -> Readings:
     labels = torch.searchsorted(task.answer_values, task.answer(operands)).to(device)
     logits, neurons, importance = [], [], torch.zeros(0, device=device)
     for chunk, chunk_labels in zip(tokens.split(4096), labels.split(4096), strict=True):
-        chunk_logits, posts, gradients = _forward_backward(model, layers, chunk, answer_tokens, chunk_labels)
+        chunk_logits, posts, gradients = forward_backward(model, layers, chunk, answer_tokens, chunk_labels)
         logits.append(chunk_logits)
         neurons.append(posts)
         part = (gradients * (posts - posts.mean(0))).abs().sum(0)
@@ -136,7 +136,7 @@ def _widths(model: Any, layers: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(model.blocks[i].mlp.W_out.shape[-2]) for i in layers)
 
 
-def _forward_backward(
+def forward_backward(
     model: Any, layers: tuple[int, ...], tokens: Tensor, answer_tokens: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Answer logits, post-activations and the gradient of the right answer's centred logit, at the last position."""

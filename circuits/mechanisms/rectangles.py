@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -111,6 +112,39 @@ def _most_important(readings: Readings) -> Int[Tensor, " k"]:
     return order[torch.isin(first, first.unique()[:TOP_NEURONS])]
 
 
+@dataclass(frozen=True, eq=False)
+class Fits:
+    """The best rectangle of each of some neurons, and whether the neuron is that rectangle."""
+
+    neurons: Int[Tensor, " k"]
+    rectangles: list[Rectangle]
+    crisp: Bool[Tensor, " k"]
+
+    @property
+    def found(self) -> list[Rectangle]:
+        """The rectangles of the neurons that are one."""
+        return [r for r, is_one in zip(self.rectangles, self.crisp.tolist(), strict=True) if is_one]
+
+
+def _edges(n: int) -> Int[Tensor, " edges"]:
+    return torch.unique(torch.cat([torch.arange(0, n, -(-n // MOST_EDGES)), torch.tensor([n])]))
+
+
+def rectangle_fits(readings: Readings, n: int) -> Fits:
+    """Return the best rectangles of the most important neurons of an n x n table; fitted once for all tests.
+
+    A neuron is a rectangle if that explains 80 % of it; a single row, column or pair is no range.
+    """
+    if "rectangles" not in readings.remembered:
+        top = _most_important(readings)
+        fits = best_rectangles(readings.neurons[:, top].T.reshape(-1, n, n), _edges(n).to(top.device))
+        wide = [min(r1 - r0, c1 - c0) > 1 for _, (r0, r1, c0, c1) in fits]
+        crisp = torch.tensor([r2 > 0.8 and w for (r2, _), w in zip(fits, wide, strict=True)], device=top.device)
+        readings.remembered["rectangles"] = Fits(top, [rectangle for _, rectangle in fits], crisp)
+    fitted: Fits = readings.remembered["rectangles"]
+    return fitted
+
+
 def accuracy_with(
     model: Any, task: Task, readings: Readings, columns: Int[Tensor, " k"], values: Float[Tensor, "rows k"]
 ) -> Bool[Tensor, " rows"]:
@@ -156,19 +190,14 @@ def rectangles(model: Any, task: Task, *, seed: int = 0, readings: Readings | No
     n = task.n_operand_values
     if n * n > MAX_ROWS:
         return _sampled_only(start, n)
-    top = _most_important(readings)
-    step = -(-n // MOST_EDGES)
-    edges = torch.unique(torch.cat([torch.arange(0, n, step), torch.tensor([n])])).to(top.device)
-    maps = readings.neurons[:, top].T.reshape(-1, n, n)
-    fits = best_rectangles(maps, edges)
-    fit = torch.tensor([f[0] for f in fits], device=top.device)
+    fitted = rectangle_fits(readings, n)
+    top, crisp, edges = fitted.neurons, fitted.crisp, _edges(n).to(readings.neurons.device)
+    maps = readings.neurons[:, top[:NULL_NEURONS]].T.reshape(-1, n, n)
     two = two_level_share(readings.neurons[:, top])
     weight = readings.importance[top] / readings.importance[top].sum().clamp_min(1e-12)
-    # A single row, column or pair is no range.
-    crisp = (fit > 0.8) & torch.tensor([min(r1 - r0, c1 - c0) > 1 for _, (r0, r1, c0, c1) in fits], device=top.device)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(n, generator=generator).to(top.device)
-    renamed = best_rectangles(maps[:NULL_NEURONS, order][:, :, order], edges)
+    renamed = best_rectangles(maps[:, order][:, :, order], edges)
     null = torch.tensor([r2 for r2, _ in renamed], device=top.device)
     share = float(weight[crisp].sum())
     details: dict[str, Any] = {
@@ -180,8 +209,8 @@ def rectangles(model: Any, task: Task, *, seed: int = 0, readings: Readings | No
     }
     passed = False
     if bool(crisp.any()):
-        details |= _causal(model, task, readings, top, crisp, [f[1] for f in fits])
-        details |= edge_grid([f[1] for f, c in zip(fits, crisp.tolist(), strict=True) if c], n)
+        details |= _causal(model, task, readings, top, crisp, fitted.rectangles)
+        details |= edge_grid(fitted.found, n)
         real = share >= 0.5 and float((null > 0.8).float().mean()) <= 0.1
         passed = real and details["idealised"] >= details["accuracy"] - 0.05 and details["ablated"] <= 0.7
     effective = max(1, int(1 / float(weight.square().sum())))

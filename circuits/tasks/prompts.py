@@ -1,10 +1,11 @@
-"""Pairs of prompts for pretrained language models: indirect objects and later years."""
+"""Prompts for pretrained language models: indirect objects and later years, in pairs, and sums."""
 
 from __future__ import annotations
 
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -170,6 +171,69 @@ def later_year_probability(
         return (logits.softmax(-1)[:, tokens] * sign).sum(1)
 
     return later_year_probability
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Prompts that end where a token of a sum is to be said, and which token that is."""
+
+    tokens: Int[Tensor, "batch pos"]
+    answer: Int[Tensor, " batch"]
+    operands: Int[Tensor, "batch 2"]
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def take(self, rows: Tensor) -> Sums:
+        """Return some of the prompts, by index or mask."""
+        return Sums(self.tokens[rows], self.answer[rows], self.operands[rows])
+
+
+def sum_prompts(
+    tokenizer: Tokenizer,
+    operands: Int[Tensor, "batch 2"],
+    *,
+    shots: Sequence[tuple[int, int]] = (),
+    said: int = 0,
+    text: str = "{a}+{b}={sum}\n",
+    start: Sequence[int] = (),
+) -> Sums:
+    """Return prompts as "12+30=42, new line, 31+46=", each up to one token of its sum.
+
+    A tokenizer with a token for each digit answers with the first digit of the sum, and with ``said`` = 1, when the
+    first token of the sum stands in the prompt, with the second.
+
+    Args:
+        tokenizer: Of the model.
+        operands: The numbers to add, from zero up.
+        shots: Worked examples that stand before every prompt.
+        said: So many tokens of the sum stand in the prompt already.
+        text: How an example is written, with ``{a}``, ``{b}`` and, last of the three, ``{sum}``.
+        start: Tokens to put before every prompt, for models that need one there.
+
+    Source: Nikankin et al. 2025 (arXiv 2410.21272), section 2.1, for "op1+op2=" with an answer of one token.
+
+    Raises:
+        BadInput: prompts differ in length, a sum has no token beyond those said, or the tokenizer joins a sum with
+            what stands before it.
+    """
+    before, mark, _ = text.partition("{sum}")
+    if not mark or not all(name in before for name in ("{a}", "{b}")):
+        raise BadInput(f"text = {text!r}: expected {{a}} and {{b}} before {{sum}}")
+    examples = "".join(text.format(a=a, b=b, sum=a + b) for a, b in shots)
+    rows, answers = [], []
+    for a, b in operands.tolist():
+        prompt = examples + before.format(a=a, b=b)
+        known, whole = _tokens(tokenizer, prompt), _tokens(tokenizer, f"{prompt}{a + b}")
+        if whole[: len(known)] != known:
+            raise BadInput(f"the tokenizer joins the sum with what stands before it in {prompt!r}: try another text")
+        if len(whole) <= len(known) + said:
+            raise BadInput(f"{a} + {b} = {a + b} has {len(whole) - len(known)} tokens: none is left after {said}")
+        rows.append([*start, *whole[: len(known) + said]])
+        answers.append(whole[len(known) + said])
+    if len({len(row) for row in rows}) != 1:
+        raise BadInput("the prompts differ in length: give operands with as many digits")
+    return Sums(torch.tensor(rows), torch.tensor(answers), operands)
 
 
 def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -12,8 +12,12 @@ import torch
 from circuits.errors import BadInput, CorruptRun
 from circuits.mechanisms.accuracy import accuracy_gate, block_gap
 from circuits.mechanisms.columns import column_interchange
+from circuits.mechanisms.das import das
+from circuits.mechanisms.description_length import description_length
+from circuits.mechanisms.equivariance import equivariance
 from circuits.mechanisms.evidence import LABELS, Evidence, Verdict
 from circuits.mechanisms.functional_form import functional_form
+from circuits.mechanisms.helix import helix
 from circuits.mechanisms.interchange import interchange
 from circuits.mechanisms.readings import Readings, has_one_answer_token, read
 from circuits.mechanisms.rectangles import rectangles
@@ -21,6 +25,7 @@ from circuits.mechanisms.result_heuristics import result_heuristics
 from circuits.mechanisms.rule import RULE, VERSION, Thresholds, decide, rule_table
 from circuits.mechanisms.slice_transfer import slice_transfer
 from circuits.mechanisms.spectral import spectral
+from circuits.mechanisms.variable_interchange import variable_interchange
 from circuits.tasks.base import Task
 
 TESTS: dict[str, Callable[..., Evidence]] = {
@@ -32,11 +37,28 @@ TESTS: dict[str, Callable[..., Evidence]] = {
     "slice-transfer": slice_transfer,
     "rectangles": rectangles,
     "result-heuristics": result_heuristics,
+    "helix": helix,
+    "variable-interchange": variable_interchange,
+    "equivariance": equivariance,
+    "description-length": description_length,
+    "das": das,
     "column-interchange": column_interchange,
 }
 
-ONE_TOKEN = ("spectral", "functional-form", "interchange", "slice-transfer", "rectangles", "result-heuristics")
-"""Tests that read the whole operand square off one answer token; they share one ``Readings``."""
+ONE_TOKEN = (
+    "spectral",
+    "functional-form",
+    "interchange",
+    "slice-transfer",
+    "rectangles",
+    "result-heuristics",
+    "helix",
+    "variable-interchange",
+    "equivariance",
+    "description-length",
+)
+"""Tests that read the whole operand square off one answer token; they share one ``Readings``. So does ``das``, which
+trains subspaces and is run by name only."""
 
 __all__ = [
     "LABELS",
@@ -51,9 +73,13 @@ __all__ = [
     "applicable",
     "block_gap",
     "column_interchange",
+    "das",
     "decide",
+    "description_length",
+    "equivariance",
     "explain",
     "functional_form",
+    "helix",
     "interchange",
     "read",
     "rectangles",
@@ -61,6 +87,7 @@ __all__ = [
     "rule_table",
     "slice_transfer",
     "spectral",
+    "variable_interchange",
 ]
 
 

@@ -37,7 +37,7 @@ SEPARATE = 0.05
 def helix_features(
     x: Float[Tensor, " rows"], frequencies: Sequence[float], *, linear: bool = True
 ) -> Float[Tensor, "rows features"]:
-    """cos and sin of 2 pi f x for each frequency f, and x itself.
+    """Columns cos 2 pi f x and sin 2 pi f x for each frequency f, and x itself.
 
     Source: Kantamneni & Tegmark 2025 (arXiv 2502.00873), section 4.2: B(a) = [a, cos(2 pi a / T), sin(2 pi a / T)] for
     T = 2, 5, 10, 100.
@@ -286,24 +286,25 @@ def helix(model: Any, task: Task, *, seed: int = 0, readings: Readings | None = 
     of the numbers; then the model runs with the *predicted* embedding of the others in place of their own, and
     ``value`` is (accuracy - ablated) / (intact - ablated), where the ablated embedding is the mean one. On a line the
     frequencies are the published 1/2, 1/5, 1/10 and 1/100 if the model runs on them; else, and always modulo p, where
-    decimal periods mean nothing, they are the fewest multiples of 1/M (M = p, of the discrete logarithm p - 1, on a line
-    the number of results) on which it does, by forward selection and cross-validation on the numbers that the fit
-    sees. ``periods`` names them.
+    decimal periods mean nothing, they are the fewest multiples of 1/M (M = p, of the discrete logarithm p - 1, on a
+    line the number of results) on which it does, by forward selection and cross-validation on the numbers that the
+    fit sees. ``periods`` names them.
 
     ``control`` is the best of three fits with equally many parameters: a polynomial, one closed curve (the strongest
     period with its harmonics) and the helix of randomly renamed numbers, with frequencies chosen anew. ``components``
     (as many principal components) is a ceiling: it has seen the numbers. ``line`` and ``piecewise_line`` are the
-    number-line fits, of one parameter and of as many as the helix has. At the answer position, before the first decisive
-    MLP and after the last layer, helices of the operands, of the result and of both are fitted on three quarters of the
-    results and patched on the rest, each beside the same with renamed numbers.
+    number-line fits, of one parameter and of as many as the helix has. At the answer position, before the first
+    decisive MLP and after the last layer, helices of the operands, of the result and of both are fitted on three
+    quarters of the results and patched on the rest, each beside the same with renamed numbers.
 
-    High with a low control: numbers are represented by these periods and the model uses nothing else of them. High with
-    a high ``line``: a number line (a helix has a linear term). Low: a code that unseen numbers do not follow.
+    High with a low control: numbers are represented by these periods and the model uses nothing else of them. High
+    with a high ``line``: a number line (a helix has a linear term). Low: a code that unseen numbers do not follow.
 
     Source: Kantamneni & Tegmark 2025 (arXiv 2502.00873), sections 4 and 5 (fits, patching, controls; repository
     LLM-addition). Choice of frequencies, the share kept and the held-out results are ours.
     Fails when: there are fewer than 12 numbers (not applicable); or bands or digits of a regular width make a lookup's
-    embedding periodic: the built ``range-lookup`` passes. A helix says how numbers are written, not what is done to them.
+    embedding periodic: the built ``range-lookup`` passes. A helix says how numbers are written, not what is done with
+    them.
     """
     start = time.perf_counter()
     readings = readings or read(model, task, seed=seed)

@@ -1,4 +1,4 @@
-"""Interchange of every declared variable: of the second operand, and at the answer position before and after the MLPs."""
+"""Interchange of every declared variable: the second operand's, and all at the answer position."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def leading_means(
 
 
 def sites_of(model: Any, task: Task, readings: Readings, swap: Swap, *, seed: int) -> dict[str, Site]:
-    """The second operand's embedding, and the answer position before the first decisive MLP and after the last layer."""
+    """The second operand's embedding, and the answer position before the decisive MLPs and after the last layer."""
     device = readings.tokens.device
     first, last = decisive_layers(model, task, readings)[0], model.cfg.n_layers - 1
     hooks = {"before": f"blocks.{first}.hook_resid_mid", "after": f"blocks.{last}.hook_resid_post"}
@@ -208,8 +208,8 @@ def variable_interchange(model: Any, task: Task, *, seed: int = 0, readings: Rea
 
     Source: Geiger et al. 2021 (arXiv 2106.02997), interchange interventions, on all of a causal model's variables.
     Fails when: a variable is held in no linear subspace, or its class means differ in what goes along with it (the
-    carry's with the sum's): a subspace can be learned then (``das``). Or states have so low a rank that random subspaces
-    of that size are all of it.
+    carry's with the sum's): a subspace can be learned then (``das``). Or states have so low a rank that a random
+    subspace of that size is all of it.
     """
     start = time.perf_counter()
     readings = readings or read(model, task, seed=seed)

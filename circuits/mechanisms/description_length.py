@@ -1,9 +1,10 @@
-"""Description length: how many frequencies, hinges, indicators or rectangles say what the neurons do?"""
+"""Description length: how many frequencies, hinges, indicators, digits or ranges say what neurons do?"""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,8 @@ from circuits.mechanisms.selection import matching_pursuit
 from circuits.tasks.base import Task
 
 FAITHFUL = 0.95
-FIT_ROWS, JUDGED_ROWS = 1500, 600
+FIT_ROWS, JUDGED_ROWS = 1200, 500
+MODULI = tuple(range(2, 11))
 TERMS = (1, 2, 4, 8)
 """So many hinges or indicators to a neuron are tried; of frequencies the first two."""
 NEURON_SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
@@ -39,7 +41,7 @@ class Family:
     name: str
     terms: tuple[int, ...]
     predicted: tuple[Float[Tensor, "rows n"], ...]
-    bits: tuple[float, ...]
+    bits: tuple[Float[Tensor, " n"], ...]
     kind: Int[Tensor, " n"]
 
 
@@ -57,55 +59,64 @@ def wave_columns(task: Task, operands: Int[Tensor, "rows 2"]) -> Float[Tensor, "
     return torch.stack(products, dim=2).flatten(1) * kept[:, None]
 
 
-def marginal_rectangles(maps: Float[Tensor, "neurons n n"]) -> Int[Tensor, "neurons 4"]:
-    """For each neuron (r0, r1, c0, c1) where it is high (or low, if it is high nearly everywhere), by the marginals.
+def marginal_sets(
+    maps: Float[Tensor, "neurons n n"],
+) -> tuple[Bool[Tensor, "neurons n"], Bool[Tensor, "neurons n"]]:
+    """For each neuron the values of a and of b where it is high (low, if it is high nearly everywhere), by marginals.
 
-    A row (column) is inside if the neuron is high there in more than half as many places as in its fullest row.
+    A value is in the set if the neuron is high there in more than half as many places as at its fullest value.
     """
     high = maps > (maps.amax((1, 2), keepdim=True) + maps.amin((1, 2), keepdim=True)) / 2
     high = torch.where(high.float().mean((1, 2), keepdim=True) > 0.5, ~high, high).float()
-    found = []
-    for axis in (2, 1):
-        profile = high.mean(axis)
-        inside = (profile > profile.amax(1, keepdim=True) / 2).int()
-        found += [inside.argmax(1), inside.shape[1] - inside.flip(1).argmax(1)]
-    return torch.stack(found, dim=1)
+    profiles = [high.mean(axis) for axis in (2, 1)]
+    first, second = (profile > profile.amax(1, keepdim=True) / 2 for profile in profiles)
+    return first, second
 
 
-def rectangle_predictions(
-    operands: Int[Tensor, "rows 2"], neurons: Float[Tensor, "rows n"], rows: Int[Tensor, " some"], size: int, n_fit: int
-) -> tuple[Float[Tensor, "some n"], Int[Tensor, " n"]]:
-    """Each neuron as two levels, inside its rectangle and outside, on some rows, and a number for each rectangle.
+def set_bits(sets: Bool[Tensor, "neurons n"]) -> Float[Tensor, " neurons"]:
+    """Bits that name each set: of all ranges and all residue classes modulo 2 to 10, or else one bit a value."""
+    n = sets.shape[1]
+    number = torch.arange(n, device=sets.device)
+    classes = torch.stack([number % m == r for m in MODULI for r in range(m)])
+    steps = (sets[:, 1:] != sets[:, :-1]).sum(1) + sets[:, 0].int() + sets[:, -1].int()
+    regular = (steps <= 2) | (sets[:, None] == classes[None]).all(2).any(1)
+    named = math.log2(n * (n + 1) / 2 + len(classes))
+    return torch.where(regular, named, float(n)).float()
+
+
+def conjunctions(
+    operands: Int[Tensor, "all 2"], neurons: Float[Tensor, "all n"], rows: Int[Tensor, " some"], size: int, n_fit: int
+) -> tuple[Float[Tensor, "some n"], Float[Tensor, " n"], Int[Tensor, " n"]]:
+    """Each neuron as two levels, one where a is in a set and b in another, on some rows; its bits; its sets' number.
 
     ``operands`` are all pairs; the levels are means over the first ``n_fit`` of ``rows``.
     """
-    cell = operands[:, 0] * size + operands[:, 1]
     maps = torch.zeros_like(neurons)
-    maps[cell] = neurons
-    boxes = marginal_rectangles(maps.T.reshape(-1, size, size))
-    a, b = operands[rows, :1], operands[rows, 1:]
-    r0, r1, c0, c1 = boxes.T
-    inside = ((a >= r0) & (a < r1) & (b >= c0) & (b < c1)).to(neurons.dtype)
+    maps[operands[:, 0] * size + operands[:, 1]] = neurons
+    first, second = marginal_sets(maps.T.reshape(-1, size, size))
+    a, b = operands[rows].T
+    inside = (first.T[a] & second.T[b]).to(neurons.dtype)
     fit, values = inside[:n_fit], neurons[rows[:n_fit]]
     high = (values * fit).sum(0) / fit.sum(0).clamp_min(1)
     low = (values * (1 - fit)).sum(0) / (1 - fit).sum(0).clamp_min(1)
-    return torch.where(inside > 0, high, low), boxes.unique(dim=0, return_inverse=True)[1]
+    kind = torch.cat([first, second], dim=1).unique(dim=0, return_inverse=True)[1]
+    return torch.where(inside > 0, high, low), set_bits(first) + set_bits(second), kind
 
 
 def family(name: str, task: Task, bench: Bench, operands: Int[Tensor, "all 2"]) -> Family:
     """Describe the layer's neurons by rules of one kind, as functions of (possibly renamed) operands."""
     n, rows = task.n_operand_values, torch.cat([bench.fit, bench.judged])
     coefficient = math.log2(n * n) / 2
-    if name == "rectangles":
-        predicted, kind = rectangle_predictions(operands, bench.neurons, rows, n, len(bench.fit))
-        return Family(name, (1,), (predicted,), (2 * math.log2(n * (n + 1) / 2) + coefficient,), kind)
-    make = {"frequencies": wave_columns, "hinges": hinge_columns, "indicators": indicator_columns}[name]
+    if name == "conjunctions":
+        levels, bits, kind = conjunctions(operands, bench.neurons, rows, n, len(bench.fit))
+        return Family(name, (1,), (levels,), (bits + coefficient,), kind)
+    make = COLUMNS[name]
     columns, block = make(task, operands[rows]), 8 if name == "frequencies" else 1
     terms = TERMS[:2] if name == "frequencies" else TERMS
     fit = torch.arange(len(rows), device=rows.device) < len(bench.fit)
     predicted, chosen = matching_pursuit(columns, bench.neurons[rows], fit, block=block, terms=terms[-1])
     terms = tuple(t for t in terms if t <= len(predicted))
-    rule = math.log2(columns.shape[1] / block) + block * coefficient
+    rule = torch.full_like(bench.importance, math.log2(columns.shape[1] / block) + block * coefficient)
     return Family(name, terms, tuple(predicted[t - 1] for t in terms), tuple(t * rule for t in terms), chosen[0])
 
 
@@ -117,6 +128,27 @@ def hinge_columns(task: Task, operands: Int[Tensor, "rows 2"]) -> Float[Tensor, 
 def indicator_columns(task: Task, operands: Int[Tensor, "rows 2"]) -> Float[Tensor, "rows features"]:
     """Indicators of ranges, residues, digits and cells, by ``indicator_features``."""
     return indicator_features(operands, task.n_operand_values)
+
+
+def digit_columns(task: Task, operands: Int[Tensor, "rows 2"]) -> Float[Tensor, "rows features"]:
+    """Hinges and single values of the units and the tens of a and of b, and of their sums in a column."""
+    a, b = operands.T
+    columns = []
+    for x, y in ((a % 10, b % 10), (a // 10, b // 10)):
+        for value in (x, y, x + y):
+            at = torch.arange(int(value.max()) + 1, device=value.device)
+            apart = (value[:, None] - at).float()
+            columns += [apart.relu(), (-apart).relu(), (apart == 0).float()]
+    return torch.cat(columns, dim=1)
+
+
+COLUMNS: dict[str, Callable[[Task, Tensor], Tensor]] = {
+    "frequencies": wave_columns,
+    "hinges": hinge_columns,
+    "indicators": indicator_columns,
+    "digits": digit_columns,
+}
+"""Families whose rules are regressors, by what makes them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +167,7 @@ class Bench:
     fit: Int[Tensor, " fit"]
     judged: Int[Tensor, " judged"]
     said: Int[Tensor, " judged"]
+    table: int
     without: float = 0.0
 
     def agrees(self, model: Any, task: Task, neurons: Float[Tensor, "judged n"]) -> Bool[Tensor, " judged"]:
@@ -176,6 +209,7 @@ def _bench(model: Any, task: Task, readings: Readings, *, seed: int) -> Bench:
         fit,
         judged,
         said,
+        task.n_operand_values**2,
     )
     return replace(bench, without=float(bench.agrees(model, task, bench.means()).float().mean()))
 
@@ -196,6 +230,11 @@ class Description:
     kinds: int
 
     @property
+    def wrong(self) -> float:
+        """Share of the judged rows on which the model then answers otherwise."""
+        return 1 - float(self.agrees.float().mean())
+
+    @property
     def kept(self) -> bool:
         """Whether 95 % of the faithfulness are kept."""
         return self.faithfulness >= FAITHFUL
@@ -212,10 +251,15 @@ def bits_of(rule_bits: float, wrong: Any, table: int, n_answers: int) -> Any:
     return rule_bits + table * (entropy + share * math.log2(max(n_answers - 1, 1)))
 
 
-def describe(model: Any, task: Task, bench: Bench, by: Family) -> Description:
-    """Return the description with fewest rules to a neuron, then fewest neurons, that keeps the faithfulness."""
+def describe(model: Any, task: Task, bench: Bench, by: Family) -> tuple[Description, Description]:
+    """Return the faithful description of fewest rules to a neuron, then fewest neurons, and the cheapest tried.
+
+    Where no number of rules is faithful, both are that of all neurons by most rules.
+    """
     n_fit, n = len(bench.fit), len(bench.place)
     means = bench.means()
+
+    every: list[Description] = []
 
     def tried(term: int, neurons: Bool[Tensor, " n"]) -> Description:
         values = torch.where(neurons, by.predicted[term][n_fit:], means)
@@ -223,21 +267,26 @@ def describe(model: Any, task: Task, bench: Bench, by: Family) -> Description:
         count = int(neurons.sum())
         kinds = len(by.kind[neurons].unique())
         faithful = bench.faithfulness(agrees)
-        return Description(by.name, by.terms[term], count, agrees, faithful, count * by.bits[term], kinds)
+        bits = float(by.bits[term][neurons].sum())
+        every.append(Description(by.name, by.terms[term], count, agrees, faithful, bits, kinds))
+        return every[-1]
 
     order = torch.arange(n, device=means.device)
-    for term in range(len(by.terms)):
-        found = tried(term, order < n)
-        if found.kept:
-            break
+    found = tried(len(by.terms) - 1, order < n)
     if not found.kept:
-        return found
+        return found, found
+    term = len(by.terms) - 1
+    for fewer_terms in range(term):
+        fewer = tried(fewer_terms, order < n)
+        if fewer.kept:
+            term, found = fewer_terms, fewer
+            break
     low, high = 0, len(NEURON_SHARES) - 1
     while low < high:
         middle = (low + high) // 2
         fewer = tried(term, order < math.ceil(NEURON_SHARES[middle] * n))
         low, high, found = (low, middle, fewer) if fewer.kept else (middle + 1, high, found)
-    return found
+    return found, min(every, key=lambda d: bits_of(d.rule_bits, d.wrong, bench.table, len(task.answer_values)))
 
 
 def fewest_kinds(model: Any, task: Task, bench: Bench, by: Family) -> int | None:
@@ -264,14 +313,16 @@ def description_length(model: Any, task: Task, *, seed: int = 0, readings: Readi
     """Bits of the cheapest description of what the neurons do, as a share of the bits of the table of answers.
 
     Each neuron of the last layer without whose MLP answers go wrong is replaced by what its own rules predict: one
-    frequency or two (each with its eight products of waves), 1, 2, 4 or 8 hinges or indicators, or one two-level
-    rectangle; the least important neurons stay at their means. Of each family the fewest rules to a neuron, and then
-    the fewest neurons, are taken that keep 95 % of the faithfulness (agreement with the intact model, 0 with all
-    neurons at their means); ``rules`` has their number, null where not even the most suffice. A rule costs
-    log2(size of the dictionary) bits and log2(N) / 2 for each coefficient (N pairs of operands), and the inputs on
-    which the model then answers otherwise are listed with their answers: N (H(e) + e log2(answers - 1)) bits. The
-    table costs N log2(answers): what a list of pairs would, and no description costs more. ``frequencies`` is the
-    fewest distinct frequencies, by importance, that keep 95 % when each neuron is described by one.
+    frequency or two (each with its eight products of waves); 1, 2, 4 or 8 hinges, indicators or digits (hinges and
+    single values of decimal digits and their column sums); or one conjunction, two levels by whether a is in a set and
+    b in another (ranges and residues cost least). The least important neurons stay at their means. Of each family the
+    fewest rules to a neuron, and then the fewest neurons, are taken that keep 95 % of the faithfulness (agreement with
+    the intact model, 0 with all neurons at their means); ``rules`` has their number, null where not even the most
+    suffice. A rule costs log2(size of the dictionary) bits and log2(N) / 2 for each coefficient (N pairs of operands),
+    and the inputs on which the model then answers otherwise are listed with their answers: N (H(e) + e log2(answers
+    - 1)) bits. The table costs N log2(answers): what a list of pairs would, and no description costs more.
+    ``frequencies`` is the fewest distinct frequencies, by importance, that keep 95 % when each neuron is described by
+    one.
 
     The control describes the same neurons by the cheapest family after renaming the operands at random.
 
@@ -288,13 +339,13 @@ def description_length(model: Any, task: Task, *, seed: int = 0, readings: Readi
     bench = _bench(model, task, readings, seed=seed)
     if 1 - bench.without < DECIDES:
         return _nothing_to_describe(start, bench.layer)
-    table, n_answers = task.n_operand_values**2, len(task.answer_values)
+    table, n_answers = bench.table, len(task.answer_values)
     literal = table * math.log2(n_answers)
-    names = ["frequencies", "hinges", "indicators"] + ["rectangles"] * (len(readings.operands) == table)
-    found, frequencies = {}, None
+    names = [*COLUMNS, *["conjunctions"] * (len(readings.operands) == table)]
+    found, cheapest, frequencies = {}, {}, None
     for name in names:
         by = family(name, task, bench, readings.operands)
-        found[name] = describe(model, task, bench, by)
+        found[name], cheapest[name] = describe(model, task, bench, by)
         if name == "frequencies":
             frequencies = fewest_kinds(model, task, bench, by)
 
@@ -302,17 +353,17 @@ def description_length(model: Any, task: Task, *, seed: int = 0, readings: Readi
         # a description that costs more than the table is none: the pairs are listed
         return np.minimum(1.0, bits_of(of.rule_bits, wrong, table, n_answers) / literal)
 
-    shares = {name: float(share(d, 1 - float(d.agrees.float().mean()))) for name, d in found.items()}
-    best = found[min(shares, key=lambda name: shares[name])]
+    shares = {name: float(share(d, d.wrong)) for name, d in cheapest.items()}
+    best = cheapest[min(shares, key=lambda name: shares[name])]
     generator = torch.Generator().manual_seed(seed)
     renaming = torch.randperm(task.n_operand_values, generator=generator).to(bench.place.device)
-    null = describe(model, task, bench, family(best.family, task, bench, renaming[readings.operands]))
+    null = describe(model, task, bench, family(best.family, task, bench, renaming[readings.operands]))[1]
     wrong = (~best.agrees).float().cpu().numpy()
     return Evidence(
         test="description-length",
         value=shares[best.family],
         interval=bootstrap_interval(wrong, lambda sample, axis: share(best, np.mean(sample, axis=axis)), seed=seed),
-        control=float(share(null, 1 - float(null.agrees.float().mean()))),
+        control=float(share(null, null.wrong)),
         control_name="operands renamed at random",
         threshold="none: it describes (share of the bits of the table)",
         passed=None,
@@ -320,7 +371,7 @@ def description_length(model: Any, task: Task, *, seed: int = 0, readings: Readi
             "cheapest": best.family if shares[best.family] < 1 else "pairs",
             "rules": {name: d.neurons * d.terms if d.kept else None for name, d in found.items()},
             "rules_per_neuron": {name: d.terms for name, d in found.items()},
-            "distinct_rules": {name: d.kinds for name, d in found.items() if name in ("frequencies", "rectangles")},
+            "distinct_rules": {name: d.kinds for name, d in found.items() if name in ("frequencies", "conjunctions")},
             "frequencies": frequencies,
             "faithfulness": {name: d.faithfulness for name, d in found.items()},
             "bits_share": shares,

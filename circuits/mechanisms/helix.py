@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -129,7 +129,7 @@ def _bench(
         0.0,
     )
     ablated = bench.right(model, task, states.mean(0).expand(len(rows), -1))
-    return Bench(**{**vars(bench), "ablated": float(ablated.double().mean())})
+    return replace(bench, ablated=float(ablated.double().mean()))
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,6 +27,7 @@ from circuits.mechanisms.readings import Readings, activations, answer_logits, d
 from circuits.tasks.base import Task, Variable
 
 PAIRS = 400
+WORTH_A_CONTROL = 0.1
 STATE_ROWS = 2048
 BETWEEN = 0.95
 """Share of the variance between classes that a subspace of their means has to hold."""
@@ -199,9 +200,9 @@ def variable_interchange(model: Any, task: Task, *, seed: int = 0, readings: Rea
     and the result: in what the first decisive MLP reads (``before``) and in what the last layer leaves (``after``).
     The subspace is that of the means of the variable's classes (leading directions, with 95 % of their variance). A
     prediction is the answer when this variable alone has the source's value. Accuracies are over inputs that the
-    model answers rightly and whose prediction is another answer; each stands in ``accuracies`` beside ``controls``,
-    a random subspace of equal rank in the span of the states there. ``value`` is the best of those whose control is at
-    most 0.1, or the best.
+    model answers rightly and whose prediction is another answer; each stands in ``accuracies`` beside ``controls``, a
+    random subspace of equal rank in the span of the states there (0 where the accuracy is below 0.1). ``value`` is
+    the best of those whose control is at most 0.1, or the best.
 
     The result after the last layer is swapped in any model that is right: it is no candidate for ``value``. High for
     one operand before the MLP: operands are kept apart there; low, with the result high: they are added on the way.
@@ -252,9 +253,11 @@ def swapped(
         generator = torch.Generator().manual_seed(seed)
         results = []
         for one in found:
-            basis = random_basis(one.site, one.basis.shape[1], generator)
-            control = held(model, task, swap, one.site, basis, one.predicted)
             right = held(model, task, swap, one.site, one.basis, one.predicted)
+            control = right[:0]
+            if len(right) and float(right.float().mean()) > WORTH_A_CONTROL:
+                basis = random_basis(one.site, one.basis.shape[1], generator)
+                control = held(model, task, swap, one.site, basis, one.predicted)
             results.append((right, float(control.float().mean()) if len(control) else 0.0))
         readings.remembered[key] = found, results
     remembered: tuple[list[Candidate], list[tuple[Tensor, float]]] = readings.remembered[key]

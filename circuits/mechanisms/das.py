@@ -22,8 +22,8 @@ from circuits.model import Transformer
 from circuits.tasks.base import Task, Variable
 
 CANDIDATES = 2
-TRAIN, JUDGED = 512, 300
-EPOCHS, BATCH, LEARNING_RATE = 10, 128, 3e-2
+TRAIN, JUDGED = 640, 400
+EPOCHS, BATCH, LEARNING_RATE = 16, 128, 2e-2
 MOST_RANK = 16
 
 

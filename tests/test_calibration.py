@@ -41,6 +41,7 @@ def test_rows_are_single_verdicts_and_are_not_computed_twice(small: None, tmp_pa
     assert {"family", "nuisance", "size", "seed", "truth", "label", "mechanism", *mechanisms.TESTS} - set(stored) <= {
         "column-interchange",
         "block-gap",
+        "das",
     }
 
 

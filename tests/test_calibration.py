@@ -42,6 +42,7 @@ def test_rows_are_single_verdicts_and_are_not_computed_twice(small: None, tmp_pa
         "column-interchange",
         "carry-cascade",
         "block-gap",
+        "das",
     }
 
 

@@ -15,11 +15,15 @@ from circuits.mechanisms.carry_cascade import carry_cascade
 from circuits.mechanisms.circles import circularity, isolated_circles
 from circuits.mechanisms.clock_pizza import clock_or_pizza
 from circuits.mechanisms.columns import column_interchange
+from circuits.mechanisms.das import das
+from circuits.mechanisms.description_length import description_length
 from circuits.mechanisms.distance_irrelevance import distance_irrelevance
+from circuits.mechanisms.equivariance import equivariance
 from circuits.mechanisms.error_pattern import error_pattern
 from circuits.mechanisms.evidence import LABELS, Evidence, Verdict
 from circuits.mechanisms.functional_form import functional_form
 from circuits.mechanisms.gradient_symmetricity import gradient_symmetricity
+from circuits.mechanisms.helix import helix
 from circuits.mechanisms.heuristics import Heuristics, Matches, declare, match
 from circuits.mechanisms.interchange import interchange
 from circuits.mechanisms.knockout import knockout
@@ -31,6 +35,7 @@ from circuits.mechanisms.rule import RULE, VERSION, Thresholds, decide, rule_tab
 from circuits.mechanisms.slice_transfer import slice_transfer
 from circuits.mechanisms.spectral import spectral
 from circuits.mechanisms.taxonomy import taxonomy
+from circuits.mechanisms.variable_interchange import variable_interchange
 from circuits.tasks.base import Task
 
 TESTS: dict[str, Callable[..., Evidence]] = {
@@ -50,21 +55,16 @@ TESTS: dict[str, Callable[..., Evidence]] = {
     "taxonomy": taxonomy,
     "knockout": knockout,
     "error-pattern": error_pattern,
+    "helix": helix,
+    "variable-interchange": variable_interchange,
+    "equivariance": equivariance,
+    "description-length": description_length,
+    "das": das,
     "column-interchange": column_interchange,
     "carry-cascade": carry_cascade,
 }
 
-ONE_TOKEN = (
-    "spectral",
-    "functional-form",
-    "interchange",
-    "slice-transfer",
-    "rectangles",
-    "result-heuristics",
-    "taxonomy",
-    "knockout",
-    "error-pattern",
-)
+ONE_TOKEN = ("spectral", "functional-form", "interchange", "slice-transfer", "rectangles", "result-heuristics")
 """Tests that read the whole operand square off one answer token; they share one ``Readings``."""
 
 MODULAR = ("gradient-symmetricity", "distance-irrelevance", "circularity", "isolated-circles", "logit-terms")
@@ -88,13 +88,17 @@ __all__ = [
     "circularity",
     "clock_or_pizza",
     "column_interchange",
+    "das",
     "decide",
     "declare",
+    "description_length",
     "distance_irrelevance",
+    "equivariance",
     "error_pattern",
     "explain",
     "functional_form",
     "gradient_symmetricity",
+    "helix",
     "interchange",
     "isolated_circles",
     "knockout",
@@ -107,6 +111,7 @@ __all__ = [
     "slice_transfer",
     "spectral",
     "taxonomy",
+    "variable_interchange",
 ]
 
 

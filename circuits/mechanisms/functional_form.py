@@ -78,7 +78,7 @@ def hinge_features(operands: Int[Tensor, "rows 2"], n: int) -> Float[Tensor, "ro
 
 
 def indicator_features(operands: Int[Tensor, "rows 2"], n: int) -> Float[Tensor, "rows features"]:
-    """Indicators: x >= t, x in a band of ten, residues 2 to 10, decade cells, digit sums, the units' carry.
+    """Indicators: x >= t, x in a decade, residues 2 to 10, cells of decades, digit sums, the units' carry.
 
     Source: the taxonomy of Nikankin et al. 2025 (arXiv 2410.21272), appendix E (range, modulo, pattern,
     identical operands), with conjunctions of ranges added.
@@ -88,12 +88,16 @@ def indicator_features(operands: Int[Tensor, "rows 2"], n: int) -> Float[Tensor,
     for x, low, high in ((a, 0, n), (b, 0, n), (a + b, 0, 2 * n), (a - b, -n, n)):
         thresholds = torch.linspace(low + 1, high - 1, min(64, high - low), device=a.device).round().unique()
         columns.append(x[:, None] >= thresholds[None, :])
+        bands = torch.arange(low // 10, (high + 9) // 10, device=a.device)
+        columns.append(torch.div(x, 10, rounding_mode="floor")[:, None] == bands[None, :])
         for m in range(2, 11):
             columns.append((x % m)[:, None] == torch.arange(m, device=a.device)[None, :])
     decades = torch.arange((n + 9) // 10, device=a.device)
     cells = ((a // 10)[:, None] == decades)[:, :, None] & ((b // 10)[:, None] == decades)[:, None, :]
     units = a % 10 + b % 10
+    tens = a // 10 + b // 10
     columns += [cells.flatten(1), units[:, None] == torch.arange(19, device=a.device)]
+    columns.append(tens[:, None] == torch.arange(2 * len(decades) - 1, device=a.device))
     columns += [(units >= 10)[:, None], (a == b)[:, None]]
     return torch.cat([c.float() for c in columns], dim=1)
 

@@ -15,10 +15,12 @@ from circuits.mechanisms.columns import column_interchange
 from circuits.mechanisms.evidence import LABELS, Evidence, Verdict
 from circuits.mechanisms.functional_form import functional_form
 from circuits.mechanisms.interchange import interchange
+from circuits.mechanisms.pair_lookup import pair_lookup
 from circuits.mechanisms.readings import Readings, has_one_answer_token, read
 from circuits.mechanisms.rectangles import rectangles
+from circuits.mechanisms.region_interchange import region_interchange
 from circuits.mechanisms.result_heuristics import result_heuristics
-from circuits.mechanisms.rule import RULE, VERSION, Thresholds, decide, rule_table
+from circuits.mechanisms.rule import RULE, VERSION, Thresholds, decide, learned, rule_table
 from circuits.mechanisms.slice_transfer import slice_transfer
 from circuits.mechanisms.spectral import spectral
 from circuits.tasks.base import Task
@@ -29,13 +31,24 @@ TESTS: dict[str, Callable[..., Evidence]] = {
     "spectral": spectral,
     "functional-form": functional_form,
     "interchange": interchange,
+    "region-interchange": region_interchange,
     "slice-transfer": slice_transfer,
     "rectangles": rectangles,
     "result-heuristics": result_heuristics,
+    "pair-lookup": pair_lookup,
     "column-interchange": column_interchange,
 }
 
-ONE_TOKEN = ("spectral", "functional-form", "interchange", "slice-transfer", "rectangles", "result-heuristics")
+ONE_TOKEN = (
+    "spectral",
+    "functional-form",
+    "interchange",
+    "region-interchange",
+    "slice-transfer",
+    "rectangles",
+    "result-heuristics",
+    "pair-lookup",
+)
 """Tests that read the whole operand square off one answer token; they share one ``Readings``."""
 
 __all__ = [
@@ -55,8 +68,10 @@ __all__ = [
     "explain",
     "functional_form",
     "interchange",
+    "pair_lookup",
     "read",
     "rectangles",
+    "region_interchange",
     "result_heuristics",
     "rule_table",
     "slice_transfer",
@@ -102,7 +117,7 @@ def explain(model: Any, task: Task, *, seed: int = 0, progress: bool = False) ->
     items: list[Evidence] = []
     readings: Readings | None = None
     for name in tqdm(applicable(task), desc="explain", unit="test", disable=not progress, leave=False):
-        if len(items) == 2 and max(items[0].number("train"), items[0].number("random")) < RULE.learned_train:
+        if len(items) == 2 and not learned(items[0]):
             break
         started = time.perf_counter()
         if name in ONE_TOKEN:

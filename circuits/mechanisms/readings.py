@@ -216,11 +216,14 @@ def decisive_layers(model: Any, task: Task, readings: Readings, *, cost: float =
     return tuple(readings.remembered[key])
 
 
-def group_index(task: Task, operands: Int[Tensor, "rows 2"]) -> tuple[Tensor, Tensor, Tensor, int] | None:
+def group_index(
+    task: Task, operands: Int[Tensor, "rows 2"], *, circle: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, int] | None:
     """Operands and answers renamed so that the answer is their sum modulo M: (a', b', kept rows, M).
 
     Subtraction negates the second operand; multiplication modulo p takes discrete logarithms (zero operands are
-    dropped, M = p - 1); plain addition and subtraction use M = number of answers, so that nothing wraps around.
+    dropped, M = p - 1); plain addition and subtraction use M = ``circle``, or the number of answers, so that nothing
+    wraps around: any longer circle is as good, and a network may have chosen one (``functional_form.circle_length``).
     Returns None where the task has no such renaming.
 
     Source: Chughtai et al. 2023 (arXiv 2302.03025), section 2, for the group view of modular tasks.
@@ -228,7 +231,7 @@ def group_index(task: Task, operands: Int[Tensor, "rows 2"]) -> tuple[Tensor, Te
     operation = getattr(task, "operation", None)
     a, b = operands[:, 0], operands[:, 1]
     kept = torch.ones_like(a, dtype=torch.bool)
-    modulus = task.period or len(task.answer_values)
+    modulus = task.period or circle or len(task.answer_values)
     if operation == "+":
         return a, b, kept, modulus
     if operation == "-":

@@ -1,7 +1,7 @@
 """Train the networks of ``circuits.reference.trained`` anew and store them in half precision beside that file.
 
-``python tools/train_reference_models.py [NAME ...]``: a minute or so each on one core; all of them without a name. Prints
-what the training forced, as measured on the network that is stored.
+``python tools/train_reference_models.py [NAME ...]``: some minutes each on one core; all of them without a name.
+Prints what the training forced, as measured on the network that is stored.
 """
 
 from __future__ import annotations

@@ -39,9 +39,7 @@ def stored(family: str, seed: int, n: int, offset: int = 0) -> tuple[Transformer
     path = stored_path(stored_name(family, seed, n, offset))
     if not path.exists():
         there = ", ".join(sorted(p.stem for p in path.parent.glob(f"{family}-n*.safetensors")))
-        raise BadInput(
-            f"no stored model {path.stem}: expected one of {there}; tools/train_reference_models.py makes more"
-        )
+        raise BadInput(f"no stored model {path.stem}: expected one of {there}")
     return load(path).float().eval(), Addition(n=n, block=min(10, n // 5))
 
 
@@ -135,7 +133,7 @@ def forced_swap(
         return model(tokens)[:, -1]
 
 
-def swapped_digit(base: Int[Tensor, "batch"], source: Int[Tensor, "batch"], digit: int) -> Int[Tensor, " batch"]:
+def swapped_digit(base: Int[Tensor, " batch"], source: Int[Tensor, " batch"], digit: int) -> Int[Tensor, " batch"]:
     """Return the operand with its units digit (0) or tens digit (1) that of another operand."""
     return base // 10 * 10 + source % 10 if digit == 0 else source // 10 * 10 + base % 10
 

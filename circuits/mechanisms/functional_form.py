@@ -23,6 +23,7 @@ GOOD_FIT = 0.8
 PROBED, PROBED_ROWS = 48, 1024
 """Neurons and rows that circles of other lengths are tried on."""
 FINER, LONGEST = 4, 2
+MOST_SHARE, SLIGHT = 4, 0.02
 DECODES, DECODER_SHARE = 3, 0.75
 """A neuron that is on for fewer results decodes one; a layer of such neurons is no part of an algorithm."""
 FAMILIES = ("frequency", "hinge", "indicator")
@@ -307,6 +308,12 @@ def wave_frequencies(model: Any, task: Task, readings: Readings, *, seed: int, n
     top, forms = fitted(model, task, readings, seed=seed)
     first = Forms(forms.family[:n], forms.best[:n], forms.frequency[:n])
     return key_frequencies(first, readings.importance[top[:n]])
+
+
+def most_frequencies(model: Any, task: Task, readings: Readings, modulus: int, *, seed: int) -> int:
+    """The largest number of frequencies that a test tries: half of all there are, or as many as neurons have."""
+    top, forms = fitted(model, task, readings, seed=seed)
+    return max(1, modulus // MOST_SHARE, len(key_frequencies(forms, readings.importance[top], least=SLIGHT)))
 
 
 def _most_important(readings: Readings, layers: tuple[int, ...]) -> Int[Tensor, " k"]:

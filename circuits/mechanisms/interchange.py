@@ -13,7 +13,7 @@ from torch import Tensor
 
 from circuits._stats import wilson_interval
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.functional_form import circle_length, wave_frequencies
+from circuits.mechanisms.functional_form import circle_length, most_frequencies, wave_frequencies
 from circuits.mechanisms.readings import Readings, activations, angle, answer_logits, device_of, group_index, read
 from circuits.tasks.base import Task, Variable
 
@@ -227,7 +227,7 @@ def _fewest_frequencies(
     }
     order = first + [k for k in sorted(power, key=lambda k: -power[k]) if k not in first]
     rank = orthonormal(centred.T).shape[1]
-    most = max(1, min(modulus // 4, rank // 2))
+    most = max(1, min(most_frequencies(model, task, readings, modulus, seed=seed), rank // 2))
     basis = embedding.new_zeros(embedding.shape[1], 0)
     size = max(1, min(len(first), most))
     while size <= most:

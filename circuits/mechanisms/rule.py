@@ -24,7 +24,7 @@ class Thresholds:
     interchange: float = 0.95
     interchange_control: float = 0.10
     interchange_complement: float = 0.10
-    interchange_random: float = 0.50
+    interchange_random: float = 0.75
     spare_dimensions: float = 2
     line_interchange: float = 0.95
     columns_line: float = 0.50
@@ -159,8 +159,8 @@ def _region(by: dict[str, Evidence], rule: Thresholds) -> tuple[str, str] | None
     return name, (
         f"On {d['area']:.0%} of the operand pairs swapping the variables of the {name} algorithm changes the answer "
         f"as predicted in {d['inside']:.0%} (random subspace {d['control']:.0%}), on the others in "
-        f"{d['outside']:.0%}, and the answers are right on both ({d['right_inside']:.0%}, {d['right_outside']:.0%}): an algorithm on one part, "
-        "something else on the rest."
+        f"{d['outside']:.0%}, and the answers are right on both ({d['right_inside']:.0%}, {d['right_outside']:.0%}): "
+        "an algorithm on one part, something else on the rest."
     )
 
 

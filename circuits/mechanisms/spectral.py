@@ -12,13 +12,11 @@ from torch import Tensor
 
 from circuits._stats import bootstrap_interval
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.functional_form import circle_length
+from circuits.mechanisms.functional_form import circle_length, most_frequencies
 from circuits.mechanisms.readings import Readings, angle, group_index, read
 from circuits.tasks.base import Task
 
 FVE_ENOUGH, RESTRICTED_ENOUGH = 0.95, 0.98
-MOST_SHARE = 4
-"""One in so many of the modulus is the largest number of frequencies: half of all that there are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,9 +87,7 @@ def project(
     return split(logits, q @ (q.T @ (logits - logits.mean(0))), labels, frequencies)
 
 
-def greedy_frequencies(
-    readings: Readings, a: Tensor, b: Tensor, logits: Tensor, labels: Tensor, modulus: int
-) -> Projection:
+def greedy_frequencies(logits: Tensor, a: Tensor, b: Tensor, labels: Tensor, modulus: int, *, most: int) -> Projection:
     """Add the frequency that explains most of what is left, until enough variance and accuracy are reached."""
     residual = logits - logits.mean(0)
     inside = torch.zeros_like(residual)
@@ -100,7 +96,7 @@ def greedy_frequencies(
     q = torch.zeros(len(a), 0, device=logits.device)
     chosen: list[int] = []
     projection = None
-    while len(chosen) < max(1, min(modulus // MOST_SHARE, len(bases))):
+    while len(chosen) < max(1, min(most, len(bases))):
         gains = onto.square().sum((1, 2))
         gains[[k - 1 for k in chosen]] = -1.0
         chosen.append(int(gains.argmax()) + 1)
@@ -127,7 +123,7 @@ def spectral(model: Any, task: Task, *, seed: int = 0, readings: Readings | None
 
     Source: restricted and excluded logits: Nanda et al. 2023 (arXiv 2301.05217), section 5.2 and appendix;
     distance-modulated basis: Zhong et al. 2023 (arXiv 2306.17844).
-    Fails when: the algorithm uses more than half of all frequencies, or the operation has no group structure.
+    Fails when: the algorithm uses nearly all frequencies, or the operation has no group structure.
     """
     start = time.perf_counter()
     readings = readings or read(model, task, seed=seed)
@@ -137,7 +133,8 @@ def spectral(model: Any, task: Task, *, seed: int = 0, readings: Readings | None
     a, b, kept, modulus = renamed
     a, b, labels, logits = a[kept], b[kept], readings.labels[kept], readings.logits[kept]
     logits = logits - logits.mean(1, keepdim=True)  # a shift of all answers alike decides nothing
-    found = greedy_frequencies(readings, a, b, logits, labels, modulus)
+    most = most_frequencies(model, task, readings, modulus, seed=seed)
+    found = greedy_frequencies(logits, a, b, labels, modulus, most=most)
     generator = torch.Generator().manual_seed(seed)
     others = [k for k in range(1, modulus // 2 + 1) if k not in found.frequencies]
     drawn = [others[i] for i in torch.randperm(len(others), generator=generator)[: len(found.frequencies)]]

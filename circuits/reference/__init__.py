@@ -25,15 +25,19 @@ from circuits.reference.pair_memoriser import pair_memoriser
 from circuits.reference.random_init import random_init
 from circuits.reference.range_lookup import range_lookup
 from circuits.reference.result_range_bag import result_range_bag
+from circuits.reference.trained import banded, banded_twin, interchange_trained
 from circuits.reference.wiring import Reference
 
 REFERENCES: dict[str, Callable[..., Reference]] = {
+    "banded": banded,
+    "banded-twin": banded_twin,
     "columns": columns,
     "digit-columns": digit_columns,
     "fourier-clock": fourier_clock,
     "fourier-pizza": fourier_pizza,
     "fourier-plain": fourier_plain,
     "hybrid": hybrid,
+    "interchange-trained": interchange_trained,
     "number-line": number_line,
     "pair-memoriser": pair_memoriser,
     "random-init": random_init,
@@ -46,6 +50,8 @@ __all__ = [
     "NUISANCES",
     "REFERENCES",
     "Reference",
+    "banded",
+    "banded_twin",
     "build",
     "columns",
     "digit_columns",
@@ -53,6 +59,7 @@ __all__ = [
     "fourier_pizza",
     "fourier_plain",
     "hybrid",
+    "interchange_trained",
     "number_line",
     "pair_memoriser",
     "random_init",

@@ -19,7 +19,7 @@ from circuits.tasks.base import Task
 TERMS = 8
 TOP_NEURONS = 512
 MOST_ROWS = 4096
-GOOD_FIT = 0.8
+GOOD_FIT, SLOW_FIT = 0.8, 0.95
 PROBED, PROBED_ROWS = 48, 1024
 """Neurons and rows that circles of other lengths are tried on."""
 FINER, LONGEST = 4, 2
@@ -115,31 +115,23 @@ def greedy_fit(
 
     Source: Pati, Rezaiifar, Krishnaprasad 1993 (orthogonal matching pursuit).
     """
-    x = features[fit]
-    x = (x - x.mean(0)) / x.std(0).clamp_min(1e-6)
-    usable = features[fit].std(0) > 1e-6
-    y = neurons[fit]
-    residual = y - y.mean(0)
-    chosen: list[Tensor] = []
-    one = torch.ones(len(features), 1, device=features.device)
-    predicted = one * y.mean(0)
-    for _ in range(terms):
-        correlation = (x.T @ residual).abs() * usable[:, None]
-        for earlier in chosen:
-            correlation.scatter_(0, earlier[None], 0.0)
-        chosen.append(correlation.argmax(0))
-        index = torch.stack(chosen)
-        design = torch.cat(
-            [one.expand(len(features), index.shape[1])[..., None], features[:, index].permute(0, 2, 1)], dim=-1
-        ).permute(1, 0, 2)
-        gram = design[:, fit].mT @ design[:, fit]
-        gram += (
-            1e-4 * torch.eye(gram.shape[-1], device=gram.device) * gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
-        )
-        weights = torch.linalg.solve(gram, design[:, fit].mT @ y.T[..., None])
-        predicted = (design @ weights).squeeze(-1).T
-        residual = y - predicted[fit]
-    return r_squared(neurons[~fit], predicted[~fit])
+    scale = features[fit].std(0)
+    x = (features - features[fit].mean(0)) / scale.clamp_min(1e-6) * (scale > 1e-6)
+    mean = neurons[fit].mean(0)
+    gram, onto = x[fit].T @ x[fit], x[fit].T @ (neurons[fit] - mean)
+    ridge = 1e-4 * torch.eye(terms, device=x.device) * int(fit.sum())
+    left, chosen = onto, torch.zeros(0, neurons.shape[1], dtype=torch.long, device=x.device)
+    for size in range(1, terms + 1):
+        taken = torch.zeros_like(left, dtype=torch.bool).scatter_(0, chosen, True)
+        chosen = torch.cat([chosen, left.abs().masked_fill(taken, -1.0).argmax(0)[None]])
+        each = chosen.T
+        small = gram[each[:, :, None], each[:, None, :]] + ridge[:size, :size]
+        weights = torch.linalg.solve(small, onto.gather(0, chosen).T)
+        # of the products with all features, what the chosen ones leave
+        left = onto - torch.einsum("nkf,nk->fn", gram[each], weights)
+    held = x[~fit]
+    predicted = mean + sum(held[:, which] * weight for which, weight in zip(chosen, weights.T, strict=True))
+    return r_squared(neurons[~fit], predicted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +141,18 @@ class Forms:
     family: Int[Tensor, " n"]
     best: Float[Tensor, " n"]
     frequency: Int[Tensor, " n"]
+    slow: Bool[Tensor, " n"]
+    """Waves with no whole period inside the operand range, which cannot be told from hinges: of no family but these."""
+
+    def of(self, chosen: Tensor) -> Forms:
+        """Some of the neurons."""
+        return Forms(self.family[chosen], self.best[chosen], self.frequency[chosen], self.slow[chosen])
+
+    def frequency_share(self, importance: Float[Tensor, " n"]) -> float:
+        """Share of single-frequency neurons, slow waves left out of the count as long as they are less than half."""
+        weight = importance / importance.sum().clamp_min(1e-12)
+        slow = float(weight[self.slow & (self.family != 0)].sum())
+        return float(weight[self.family == 0].sum()) / max(1 - slow, 0.5)
 
     def shares(self, importance: Float[Tensor, " n"]) -> dict[str, float]:
         """Share of importance by family."""
@@ -187,7 +191,12 @@ def neuron_forms(
         scores[1, unclear] = greedy_fit(hinge_features(operands, n), neurons[:, unclear], fit)
         scores[2, unclear] = greedy_fit(indicator_features(operands, n), neurons[:, unclear], fit)
     best, family = scores.max(0)
-    return Forms(torch.where(best > GOOD_FIT, family, torch.full_like(family, len(FAMILIES))), best, frequency)
+    slow = torch.zeros_like(unclear)
+    if lowest > 1:
+        known = a[kept], b[kept], neurons[kept]
+        slow = torch.stack([_wave_score(*known, k, modulus, fit[kept])[1] for k in range(1, lowest)]).amax(0) > SLOW_FIT
+    named = torch.where(best > GOOD_FIT, family, torch.full_like(family, len(FAMILIES)))
+    return Forms(named, best, frequency, slow)
 
 
 def renamed_wave_share(
@@ -277,7 +286,7 @@ class Probe:
             return None
         fine = FINER * shortest
         scores = self.scores(fine, list(range(FINER * lowest, fine // 2 + 1)))
-        if self.share(scores.amax(0)) < plain + 0.25:
+        if self.share(scores.amax(0)) < plain + 0.1:
             return None
         # frequencies in cycles per step, of the neurons that a wave fits
         waves = scores.amax(0) > GOOD_FIT
@@ -306,8 +315,7 @@ def fitted(model: Any, task: Task, readings: Readings, *, seed: int) -> tuple[In
 def wave_frequencies(model: Any, task: Task, readings: Readings, *, seed: int, n: int = 128) -> list[int]:
     """Key frequencies of the ``n`` most important neurons."""
     top, forms = fitted(model, task, readings, seed=seed)
-    first = Forms(forms.family[:n], forms.best[:n], forms.frequency[:n])
-    return key_frequencies(first, readings.importance[top[:n]])
+    return key_frequencies(forms.of(torch.arange(len(top))[:n]), readings.importance[top[:n]])
 
 
 def most_frequencies(model: Any, task: Task, readings: Readings, modulus: int, *, seed: int) -> int:
@@ -326,12 +334,14 @@ def _most_important(readings: Readings, layers: tuple[int, ...]) -> Int[Tensor, 
 
 
 def decodes(labels: Int[Tensor, " rows"], neurons: Float[Tensor, "rows n"], n_answers: int) -> Bool[Tensor, " n"]:
-    """Which neurons do nothing but tell one result, or two, from all others: functions of the answer with one peak."""
+    """Which neurons do nothing but tell one result, or two, from all others: they fire on hardly anything else."""
     count = torch.bincount(labels, minlength=n_answers).clamp_min(1)[:, None].to(neurons)
     mean = torch.zeros(n_answers, neurons.shape[1], device=neurons.device).index_add_(0, labels, neurons) / count
     on = mean > (mean.amax(0) + mean.amin(0)) / 2
-    few = torch.minimum(on.sum(0), (~on).sum(0)) < DECODES
-    return few & (r_squared(neurons, mean[labels]) >= 0.9)
+    few = on.sum(0) < DECODES
+    fires = neurons > (mean.amax(0) + mean.amin(0)) / 2
+    precise = (fires & on[labels]).sum(0) >= 0.8 * fires.sum(0)
+    return few & precise
 
 
 def _shares_by_layer(
@@ -341,7 +351,8 @@ def _shares_by_layer(
     out, last = {}, {}
     for i in decisive:
         mine = layer == i
-        shares = Forms(forms.family[mine], forms.best[mine], forms.frequency[mine]).shares(importance[mine])
+        shares = forms.of(mine).shares(importance[mine])
+        shares["frequency"] = forms.of(mine).frequency_share(importance[mine])
         decoders = float(importance[mine & decoding].sum() / importance[mine].sum().clamp_min(1e-12))
         (last if decoders >= DECODER_SHARE else out)[i] = shares
     return out or last
@@ -373,9 +384,11 @@ def functional_form(model: Any, task: Task, *, seed: int = 0, readings: Readings
     weighted = torch.stack([importance * (forms.family == 0), importance], dim=1).cpu().numpy()
     layer = torch.tensor(readings.layers, device=top.device)[top]
     decoding = decodes(readings.labels, neurons, len(task.answer_values))
-    by_layer = _shares_by_layer(forms, importance, layer, decisive_layers(model, task, readings), decoding)
+    decisive = decisive_layers(model, task, readings)
+    by_layer = _shares_by_layer(forms, importance, layer, decisive, decoding)
     details = shares | {
         **{f"{name}_least": min(of[name] for of in by_layer.values()) for name in FAMILIES},
+        "decoding_layers": [i for i in decisive if i not in by_layer],
         "by_layer": {str(layer): of for layer, of in by_layer.items()},
         "key_frequencies": key_frequencies(forms, importance),
         "n_neurons": len(top),

@@ -60,15 +60,14 @@ def swap_holds(
     model: Any,
     task: Task,
     swap: Swap,
-    embedding: Float[Tensor, "n d"],
-    basis: Float[Tensor, "d r"],
+    component: Float[Tensor, "n d"],
     operand: int,
     predicted: Int[Tensor, " rows"],
 ) -> tuple[Bool[Tensor, " counted"], Bool[Tensor, " rows"]]:
-    """Return which predictions hold once the part of an operand's embedding inside ``basis`` comes from the source.
+    """Return which predictions hold once a component of an operand's embedding comes from the source.
 
-    Rows whose intact answer is wrong, whose prediction is undefined or does not differ from the intact answer are
-    left out: the second tensor says which count.
+    ``component`` is the part of the embedding of each value. Rows whose intact answer is wrong, whose prediction is
+    undefined or does not differ from the intact answer are left out: the second tensor says which count.
 
     Source: interchange intervention accuracy: Geiger et al. 2021 (arXiv 2106.02997), definition 2.
     """
@@ -79,7 +78,7 @@ def swap_holds(
         return counts[counts], counts
     values = task.answer_values.to(device)
     base, source = swap.base.to(device)[counts], swap.source.to(device)[counts]
-    delta = (embedding[source[:, operand]] - embedding[base[:, operand]]) @ basis @ basis.T
+    delta = component[source[:, operand]] - component[base[:, operand]]
     tokens = task.encode(base.to(swap.base.device)).inputs.to(device)
 
     def put(activation: Tensor, hook: Any) -> Tensor:
@@ -94,8 +93,8 @@ def swap_holds(
 def swap_accuracy(
     model: Any, task: Task, swap: Swap, embedding: Tensor, basis: Tensor, operand: int, predicted: Tensor
 ) -> tuple[int, int]:
-    """Return how many predictions of ``swap_holds`` hold, and how many rows count."""
-    holds, _ = swap_holds(model, task, swap, embedding, basis, operand, predicted)
+    """Return how many predictions of ``swap_holds`` hold for the part inside ``basis``, and how many rows count."""
+    holds, _ = swap_holds(model, task, swap, embedding @ basis @ basis.T, operand, predicted)
     return int(holds.sum()), len(holds)
 
 
@@ -127,10 +126,18 @@ def variable_basis(variable: Variable, embedding: Tensor, n: int) -> Tensor | No
     return orthonormal(class_means(embedding, values))
 
 
-def digit_basis(embedding: Float[Tensor, "n d"], base: int) -> tuple[Tensor, Tensor]:
-    """Subspaces of the low and of the high digit of the operand, written to some base, by class means."""
+def digit_components(embedding: Float[Tensor, "n d"], base: int) -> tuple[Tensor, Tensor]:
+    """The parts of each value's embedding that its low and its high digit explain, written to some base.
+
+    Least squares of a sum of one vector for each digit: where the last high digit lacks some low ones, class means
+    of one digit would hold some of the other.
+    """
     x = torch.arange(len(embedding), device=embedding.device)
-    return orthonormal(class_means(embedding, x % base)), orthonormal(class_means(embedding, x // base))
+    low, high = _one_hot(x % base).to(embedding), _one_hot(x // base).to(embedding)
+    low, high = low[:, 1:], high[:, 1:]  # against the digit 0, which the constant stands for
+    design = torch.cat([torch.ones_like(low[:, :1]), low, high], dim=1)
+    effects = torch.linalg.pinv(design) @ embedding
+    return low @ effects[1 : 1 + low.shape[1]], high @ effects[1 + low.shape[1] :]
 
 
 def digit_swapped(base: Int[Tensor, " rows"], source: Int[Tensor, " rows"], number: int, high: bool) -> Tensor:
@@ -161,11 +168,16 @@ def _one_hot(values: Int[Tensor, " n"]) -> Float[Tensor, "n k"]:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A subspace of the operand's embedding, and the answers that are right once it comes from the source."""
+    """A part of the operand's embedding, and the answers that are right once it comes from the source."""
 
     name: str
-    basis: Float[Tensor, "d r"]
+    component: Float[Tensor, "n d"]
     predict: Callable[[Swap], Int[Tensor, " rows"]]
+
+    @property
+    def rank(self) -> int:
+        """Dimensions that the part spans."""
+        return int(orthonormal((self.component - self.component.mean(0)).T).shape[1])
 
 
 def candidates(
@@ -183,16 +195,18 @@ def candidates(
         return whole.swapped_answer(swap.base, swap.source)
 
     waves, used = _fewest_frequencies(model, task, readings, embedding, chosen, full(chosen), seed)
-    found = [Candidate("frequencies", waves, full), Candidate("line", orthonormal(slope(embedding)), full)]
+    line = orthonormal(slope(embedding))
+    found = [Candidate(name, embedding @ q @ q.T, full) for name, q in (("frequencies", waves), ("line", line))]
     for variable in own:
         basis = variable_basis(variable, embedding, n)
         if basis is not None:
-            found.append(Candidate(variable.name.replace(" ", "_"), basis, _swapped_variable(variable)))
+            component = embedding @ basis @ basis.T
+            found.append(Candidate(variable.name.replace(" ", "_"), component, _swapped_variable(variable)))
     number = written_to(embedding)
     if task.period is None and number is not None:
-        for high, basis in enumerate(digit_basis(embedding, number)):
+        for high, component in enumerate(digit_components(embedding, number)):
             name = f"{('low', 'high')[high]}_digit_of_a"
-            found.append(Candidate(name, basis, _swapped_digit(task, number, bool(high))))
+            found.append(Candidate(name, component, _swapped_digit(task, number, bool(high))))
     return found, used
 
 
@@ -244,12 +258,12 @@ def interchange(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
     """Best interchange accuracy over the task's candidate variables of the first operand.
 
     Candidates: the operand's key frequencies (prediction: the whole operand is swapped), its slope direction (the
-    same prediction), every declared variable with fewer classes than values (units digit, tens digit: prediction: only
-    that digit is swapped), and, where nothing wraps around, the two digits in the base that fits the embedding best;
-    digits through the subspace of their class means. Accuracies are shares of the accuracy on intact inputs, which no
-    swap can exceed but by luck, and at most 1. ``control`` swaps a random subspace of the embedding of the same rank as
-    the best candidate's and asks for the same prediction; ``NAME_complement`` swaps all of the embedding but the
-    candidate's subspace, which must not carry the operand.
+    same prediction), every declared variable with fewer classes than values, through the subspace of its class means
+    (units digit, tens digit; prediction: only that digit is swapped), and, where nothing wraps around, the two digits
+    in the base that fits the embedding best. Accuracies are shares of the accuracy on intact inputs, which no swap can
+    exceed but by luck, and at most 1. ``control`` swaps a random subspace of the embedding of the same rank as the best
+    candidate's and asks for the same prediction; ``NAME_complement`` swaps all of the embedding but the candidate's
+    part, which must not carry the operand.
 
     Source: Geiger et al. 2021 (arXiv 2106.02997); subspaces by class means as in linear concept erasure.
     Fails when: the embedding has so low a rank that any subspace of that size is all of it (``control`` is then high);
@@ -262,30 +276,29 @@ def interchange(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
     chosen, other = (Swap(swaps.base[i::2], swaps.source[i::2], swaps.right[i::2]) for i in range(2))
     found, used = candidates(model, task, readings, embedding, chosen, seed=seed)
     accuracy = float(readings.right.float().mean())
-    span = orthonormal((embedding - embedding.mean(0)).T)
     results: dict[str, tuple[int, int]] = {}
     details: dict[str, Any] = {}
     for candidate in found:
         predicted = candidate.predict(other)
-        results[candidate.name] = swap_accuracy(model, task, other, embedding, candidate.basis, 0, predicted)
+        holds, _ = swap_holds(model, task, other, candidate.component, 0, predicted)
+        results[candidate.name] = int(holds.sum()), len(holds)
         details[candidate.name] = _relative(*results[candidate.name], accuracy)
     best = max(found, key=lambda candidate: details[candidate.name])
     waves = found[0]
     for name, candidate in (("frequencies", waves), ("best", best)):
-        rest = complement(span, candidate.basis)
-        hold, counted = swap_accuracy(model, task, other, embedding, rest, 0, candidate.predict(other))
-        details[f"{name}_complement"] = hold / counted if counted else 0.0
-    control = _random_control(model, task, other, embedding, best.basis.shape[1], best.predict(other), seed)
+        holds, _ = swap_holds(model, task, other, embedding - candidate.component, 0, candidate.predict(other))
+        details[f"{name}_complement"] = float(holds.float().mean()) if len(holds) else 0.0
+    control = _random_control(model, task, other, embedding, best.rank, best.predict(other), seed)
     details |= {
         "best": best.name,
         "accuracy": accuracy,
         "used_frequencies": sorted(used),
         "digit_base": written_to(embedding),
-        "subspace_rank": int(best.basis.shape[1]),
-        "embedding_rank": int(span.shape[1]),
-        "frequencies_rank": int(waves.basis.shape[1]),
+        "subspace_rank": best.rank,
+        "embedding_rank": int(orthonormal((embedding - embedding.mean(0)).T).shape[1]),
+        "frequencies_rank": waves.rank,
         "frequencies_control": _random_control(
-            model, task, other, embedding, waves.basis.shape[1], waves.predict(other), seed + 1
+            model, task, other, embedding, waves.rank, waves.predict(other), seed + 1
         ),
     }
     low, high = (min(1.0, end / max(accuracy, 1e-12)) for end in wilson_interval(*results[best.name]))
@@ -301,13 +314,6 @@ def interchange(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
         source="Geiger et al. 2021, arXiv 2106.02997",
         seconds=time.perf_counter() - start,
     )
-
-
-def complement(span: Float[Tensor, "d r"], basis: Float[Tensor, "d k"]) -> Float[Tensor, "d m"]:
-    """Orthonormal basis of what a subspace leaves of the span of the embedding; no columns where it leaves nothing."""
-    left = span - basis @ (basis.T @ span)
-    u, s, _ = torch.linalg.svd(left, full_matrices=False)
-    return u[:, s > 1e-3]
 
 
 def _relative(hold: int, counted: int, accuracy: float) -> float:

@@ -17,10 +17,8 @@ from circuits.mechanisms.interchange import (
     Candidate,
     Swap,
     candidates,
-    complement,
     draw_swaps,
     operand_embedding,
-    orthonormal,
     random_basis,
     swap_holds,
 )
@@ -112,11 +110,12 @@ def find_region(first: Tried, second: Tried, n: int, *, seed: int) -> Region | N
 
 
 def try_swaps(
-    model: Any, task: Task, swap: Swap, embedding: Float[Tensor, "n d"], candidate: Candidate, basis: Tensor
+    model: Any, task: Task, swap: Swap, candidate: Candidate, component: Float[Tensor, "n d"] | None = None
 ) -> Tried:
-    """Swap a subspace on every row, and keep the rows that count."""
+    """Swap the candidate's part of the embedding, or another, on every row, and keep the rows that count."""
     predicted = candidate.predict(swap)
-    holds, counts = swap_holds(model, task, swap, embedding, basis, 0, predicted)
+    component = candidate.component if component is None else component
+    holds, counts = swap_holds(model, task, swap, component, 0, predicted)
     counts = counts.cpu()
     base = swap.base[counts]
     # the pair whose answer is predicted: with b as it is, the answer tells the first operand
@@ -187,25 +186,22 @@ def _judged(
     nothing = {"algorithm": algorithm, "inside": 0.0, "outside": 0.0, "control": 0.0, "area": 0.0, "hold": 0}
     nothing |= {"n_inside": 0, "n_outside": 0, "right_inside": 0.0, "right_outside": 0.0, "complement": 0.0}
     n = task.n_operand_values
-    tried = [[try_swaps(model, task, s, embedding, v, v.basis) for s in thirds] for v in variables]
+    tried = [[try_swaps(model, task, s, v) for s in thirds] for v in variables]
     rates = [float(torch.cat([t.holds for t in ts]).float().mean()) for ts in tried if len(ts[1].holds)]
     if not rates or not FAILS * SMALLEST <= min(rates) < HOLDS:
         return nothing
     region = find_region(tried[0][0], tried[0][1], n, seed=seed)
     if region is None:
         return nothing
-    span = orthonormal((embedding - embedding.mean(0)).T)
     inside, outside, control, rest = [], [], [], []
     for variable, parts in zip(variables, tried, strict=True):
         judged = parts[2]
         within = region.contains(judged.base) & region.contains(judged.moved)
         inside.append(judged.holds[within])
         outside.append(judged.holds[~within])
-        for kept, basis in (
-            (control, random_basis(embedding, variable.basis.shape[1], seed)),
-            (rest, complement(span, variable.basis)),
-        ):
-            again = try_swaps(model, task, thirds[2], embedding, variable, basis)
+        basis = random_basis(embedding, variable.rank, seed)
+        for kept, part in ((control, embedding @ basis @ basis.T), (rest, embedding - variable.component)):
+            again = try_swaps(model, task, thirds[2], variable, part)
             kept.append(again.holds[region.contains(again.base) & region.contains(again.moved)])
     operands = readings.operands.cpu()
     here, right = region.contains(operands), readings.right.cpu()

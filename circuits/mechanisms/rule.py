@@ -187,6 +187,18 @@ def _swap_control(swap: Evidence, rule: Thresholds) -> bool:
     return spare <= rule.spare_dimensions or swap.number("frequencies_control") <= rule.interchange_random
 
 
+def _spectrum_agrees(form: Evidence, spectrum: Evidence, rule: Thresholds) -> bool:
+    """Whether logits are of the frequencies, or are made of them by a layer that only decodes the result.
+
+    Such a layer makes one peak of a sum of waves, which has all frequencies: its logits say nothing.
+    """
+    return bool(form.details.get("decoding_layers")) or (
+        spectrum.number("explained") >= rule.explained
+        and spectrum.number("restricted") >= rule.restricted
+        and spectrum.number("excluded") <= rule.excluded
+    )
+
+
 def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bool, str]:
     """Whether a candidate algorithm passes all its tests, and the sentence that says by what."""
     if name == "columns" and "column-interchange" in by:
@@ -202,9 +214,7 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
     if name == "fourier":
         passes = (
             form.number("frequency_least") >= rule.frequency_share
-            and spectrum.number("explained") >= rule.explained
-            and spectrum.number("restricted") >= rule.restricted
-            and spectrum.number("excluded") <= rule.excluded
+            and _spectrum_agrees(form, spectrum, rule)
             and swap.number("frequencies") >= rule.interchange
             and _swap_control(swap, rule)
         )

@@ -26,7 +26,7 @@ from circuits.reference.trained import (
 )
 from circuits.tasks import Addition
 
-BATCH, STEPS = 256, 4500
+BATCH, STEPS = 256, 4000
 MODELS: dict[str, tuple[str, int, int, int]] = {
     stored_name(family, seed, n, offset): (family, seed, n, offset)
     for family, seed, n, offset in (
@@ -57,7 +57,7 @@ def train_bands(task: Addition, *, share: float, offset: int, seed: int) -> Tran
     return model.eval()
 
 
-def train_interchange(task: Addition, *, seed: int, steps: int = 3000) -> Transformer:
+def train_interchange(task: Addition, *, seed: int, steps: int = 2000) -> Transformer:
     """Return a network trained on sums and on swaps of a half of an operand's embedding.
 
     Each step sums three cross-entropies: on the sum; on the sum with the units digit of another operand, where the

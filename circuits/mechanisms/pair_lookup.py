@@ -43,6 +43,10 @@ def pair_lookup(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
     those that fire on it are set to their median. Whoever remembers pairs then does not know the answer, and whoever
     computes it has no such neurons. The control takes from each input the neurons that know another pair.
 
+    ``overrules`` is about inputs that no neuron knows: how often, given what the neurons of a random known pair do,
+    the answer is that pair's. A list may lie over an algorithm that would answer rightly without it; then nothing is
+    lost with its neurons, and yet they decide.
+
     Source: ours; memorisation before grokking: Power et al. 2022 (arXiv 2201.02177), section 3.
     Fails when: pairs are remembered by combinations of neurons, none of which stands for one pair.
     """
@@ -62,6 +66,7 @@ def pair_lookup(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
         lost = right & ~_right_without(model, task, readings, knows, medians, layers)
         control = right & ~_right_without(model, task, readings, knows[order], medians, layers)
     lost, control = lost[right], control[right]
+    overrules = _overrules(model, task, readings, knows, layers, generator)
     share = float(lost.float().mean()) if len(lost) else 0.0
     other = float(control.float().mean()) if len(control) else 0.0
     return Evidence(
@@ -75,6 +80,7 @@ def pair_lookup(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
         details={
             "n_pair_neurons": int(knows.any(0).sum()),
             "known_pairs": float(knows.any(1).float().mean()),
+            "overrules": overrules,
             "importance": float(readings.importance[knows.any(0)].sum() / readings.importance.sum().clamp_min(1e-12)),
         },
         source="ours",
@@ -82,24 +88,55 @@ def pair_lookup(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
     )
 
 
+def _overrules(
+    model: Any,
+    task: Task,
+    readings: Readings,
+    knows: Bool[Tensor, "rows n"],
+    layers: Tensor,
+    generator: torch.Generator,
+) -> float:
+    """How often the neurons of a random known pair make an unknown input's answer theirs."""
+    known, bare = knows.any(1).nonzero().flatten(), (~knows.any(1)).nonzero().flatten()[:CHUNK]
+    if not len(known) or not len(bare):
+        return float("nan")
+    source = known[torch.randint(len(known), (len(bare),), generator=generator).to(known.device)]
+    said = _answers(model, task, readings, bare, knows[source], readings.neurons[source], layers)
+    differ = readings.labels[source] != readings.labels[bare]
+    return float((said == readings.labels[source])[differ].float().mean())
+
+
 def _right_without(
     model: Any, task: Task, readings: Readings, off: Bool[Tensor, "rows n"], medians: Tensor, layers: Tensor
 ) -> Bool[Tensor, " rows"]:
     """Which rows are right with some neurons, other ones on each row, at their median."""
+    every = torch.arange(len(off), device=off.device)
+    return _answers(model, task, readings, every, off, medians.expand(len(off), -1), layers) == readings.labels
+
+
+def _answers(
+    model: Any,
+    task: Task,
+    readings: Readings,
+    rows: Int[Tensor, " rows"],
+    chosen: Bool[Tensor, "rows n"],
+    values: Float[Tensor, "rows n"],
+    layers: Tensor,
+) -> Int[Tensor, " rows"]:
+    """The answers on some rows, with some neurons, other ones on each row, at given values."""
     out = []
-    for rows in torch.arange(len(off), device=off.device).split(4096):
+    for part in torch.arange(len(rows), device=rows.device).split(4096):
         hooks = []
         for layer in sorted(set(readings.layers)):
             mine = layers == layer
 
             def put(
-                activation: Tensor, hook: Any, gone: Tensor = off[rows][:, mine], level: Tensor = medians[mine]
+                activation: Tensor, hook: Any, mine: Tensor = chosen[part][:, mine], to: Tensor = values[part][:, mine]
             ) -> Tensor:
                 activation = activation.clone()
-                activation[:, -1] = torch.where(gone, level, activation[:, -1])
+                activation[:, -1] = torch.where(mine, to, activation[:, -1])
                 return activation
 
             hooks.append((f"blocks.{layer}.mlp.hook_post", put))
-        logits = answer_logits(model, task, readings.tokens[rows], hooks)
-        out.append(logits.argmax(-1) == readings.labels[rows])
+        out.append(answer_logits(model, task, readings.tokens[rows[part]], hooks).argmax(-1))
     return torch.cat(out)

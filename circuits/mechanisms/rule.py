@@ -31,6 +31,9 @@ class Thresholds:
     hinge_share: float = 0.75
     indicator_share: float = 0.75
     region_frequency_share: float = 0.10
+    list_overrules: float = 0.75
+    list_known: float = 0.05
+    list_algorithm: float = 0.50
     limited: float = 0.85
     slice_heuristic: float = 0.85
     block_algorithm: float = 0.05
@@ -126,7 +129,7 @@ def _generalising(
             passing[0],
             f"{candidates[passing[0]][1]}, but {_agreement(gap, slices)}: the algorithm does not hold everywhere.",
         )
-    part = _region(by, rule)
+    part = _region(by, rule) or _overruled(by, rule)
     if part is not None:
         return verdict("mixed", *part)
     if "pair-lookup" in by and by["pair-lookup"].passed:
@@ -161,6 +164,30 @@ def _region(by: dict[str, Evidence], rule: Thresholds) -> tuple[str, str] | None
         f"as predicted in {d['inside']:.0%} (random subspace {d['control']:.0%}), on the others in "
         f"{d['outside']:.0%}, and the answers are right on both ({d['right_inside']:.0%}, {d['right_outside']:.0%}): "
         "an algorithm on one part, something else on the rest."
+    )
+
+
+def _overruled(by: dict[str, Evidence], rule: Thresholds) -> tuple[str, str] | None:
+    """The algorithm that lies under a list of some of the pairs, and the sentence that says by what."""
+    pairs, swap, form = by.get("pair-lookup"), by.get("interchange"), by.get("functional-form")
+    if pairs is None or swap is None or form is None:
+        return None
+    known, overrules = pairs.number("known_pairs"), pairs.number("overrules")
+    if not (rule.list_known <= known <= 1 - rule.list_known and overrules >= rule.list_overrules):
+        return None
+    waves = swap.number("frequencies") if form.value >= max(rule.region_frequency_share, 2 * (form.control or 0)) else 0
+    works = {
+        "fourier": waves,
+        "number-line": swap.number("line"),
+        "columns": min(swap.number("low_digit_of_a", 0.0), swap.number("high_digit_of_a", 0.0)),
+    }
+    name = max(works, key=lambda algorithm: works[algorithm])
+    if works[name] < rule.list_algorithm:
+        return None
+    return name, (
+        f"{known:.0%} of the operand pairs have neurons of their own, which make the answer theirs on other pairs too "
+        f"({overrules:.0%}), and swapping the variables of the {name} algorithm works in {works[name]:.0%}: a list of "
+        "some pairs over an algorithm."
     )
 
 

@@ -138,5 +138,5 @@ def _answers(
                 return activation
 
             hooks.append((f"blocks.{layer}.mlp.hook_post", put))
-        out.append(answer_logits(model, task, readings.tokens[rows[part]], hooks).argmax(-1))
+        out.append(answer_logits(model, task, readings.tokens[rows[part]], hooks, cheap=True).argmax(-1))
     return torch.cat(out)

@@ -25,7 +25,7 @@ from circuits.mechanisms.interchange import (
 from circuits.mechanisms.readings import Readings, read
 from circuits.tasks.base import Task
 
-SWAPS = 6000
+SWAPS = 4500
 LEAVES, SMALLEST_LEAF = 16, 25
 HOLDS, FAILS = 0.95, 0.5
 FEWEST = 40
@@ -186,10 +186,12 @@ def _judged(
     nothing = {"algorithm": algorithm, "inside": 0.0, "outside": 0.0, "control": 0.0, "area": 0.0, "hold": 0}
     nothing |= {"n_inside": 0, "n_outside": 0, "right_inside": 0.0, "right_outside": 0.0, "complement": 0.0}
     n = task.n_operand_values
-    tried = [[try_swaps(model, task, s, v) for s in thirds] for v in variables]
-    rates = [float(torch.cat([t.holds for t in ts]).float().mean()) for ts in tried if len(ts[1].holds)]
+    first = [try_swaps(model, task, thirds[0], v) for v in variables]
+    rates = [float(t.holds.float().mean()) for t in first if len(t.holds)]
     if not rates or not FAILS * SMALLEST <= min(rates) < HOLDS:
         return nothing
+    later = [[try_swaps(model, task, s, v) for s in thirds[1:]] for v in variables]
+    tried = [[one, *others] for one, others in zip(first, later, strict=True)]
     region = find_region(tried[0][0], tried[0][1], n, seed=seed)
     if region is None:
         return nothing

@@ -24,7 +24,7 @@ PROBED, PROBED_ROWS = 48, 1024
 """Neurons and rows that circles of other lengths are tried on."""
 FINER, LONGEST = 4, 2
 MOST_SHARE, SLIGHT = 4, 0.02
-DECODES, DECODER_SHARE = 3, 0.75
+DECODES, DECODER_HITS, DECODER_SHARE = 3, 0.5, 0.75
 """A neuron that is on for fewer results decodes one; a layer of such neurons is no part of an algorithm."""
 FAMILIES = ("frequency", "hinge", "indicator")
 
@@ -334,14 +334,18 @@ def _most_important(readings: Readings, layers: tuple[int, ...]) -> Int[Tensor, 
 
 
 def decodes(labels: Int[Tensor, " rows"], neurons: Float[Tensor, "rows n"], n_answers: int) -> Bool[Tensor, " n"]:
-    """Which neurons do nothing but tell one result, or two, from all others: they fire on hardly anything else."""
+    """Which neurons tell one result, or two, from all others: they fire mostly on it, and on most inputs that have it.
+
+    Half of its mean at the result where that is largest counts as firing. A neuron of one pair is none: it misses the
+    other pairs with that result.
+    """
     count = torch.bincount(labels, minlength=n_answers).clamp_min(1)[:, None].to(neurons)
     mean = torch.zeros(n_answers, neurons.shape[1], device=neurons.device).index_add_(0, labels, neurons) / count
-    on = mean > (mean.amax(0) + mean.amin(0)) / 2
+    half = (mean.amax(0) + mean.amin(0)) / 2
+    on, fires = mean > half, neurons > half
+    hit = (fires & on[labels]).sum(0)
     few = on.sum(0) < DECODES
-    fires = neurons > (mean.amax(0) + mean.amin(0)) / 2
-    precise = (fires & on[labels]).sum(0) >= 0.8 * fires.sum(0)
-    return few & precise
+    return few & (hit >= DECODER_HITS * fires.sum(0)) & (hit >= DECODER_HITS * on[labels].sum(0))
 
 
 def _shares_by_layer(

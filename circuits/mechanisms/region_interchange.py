@@ -155,7 +155,7 @@ def region_interchange(model: Any, task: Task, *, seed: int = 0, readings: Readi
             variables = [by_name[name] for name in names]
             results.append(_judged(model, task, readings, embedding, algorithm, variables, thirds, seed))
     best = max(results, key=lambda r: r["inside"] - r["outside"])
-    low, high = wilson_interval(best.pop("hold"), max(best["n_inside"], 1))
+    low, high = wilson_interval(best.pop("hold"), max(best.pop("counted"), 1))
     enough = best["n_inside"] >= FEWEST and best["n_outside"] >= FEWEST and SMALLEST <= best["area"] <= LARGEST
     passed = enough and best["inside"] >= HOLDS and best["outside"] <= FAILS and best["control"] <= FAILS
     return Evidence(
@@ -183,7 +183,15 @@ def _judged(
     seed: int,
 ) -> dict[str, Any]:
     """Find the region of the algorithm's first variable that has one, and judge all its variables there."""
-    nothing = {"algorithm": algorithm, "inside": 0.0, "outside": 0.0, "control": 0.0, "area": 0.0, "hold": 0}
+    nothing = {
+        "algorithm": algorithm,
+        "inside": 0.0,
+        "outside": 0.0,
+        "control": 0.0,
+        "area": 0.0,
+        "hold": 0,
+        "counted": 0,
+    }
     nothing |= {"n_inside": 0, "n_outside": 0, "right_inside": 0.0, "right_outside": 0.0, "complement": 0.0}
     n = task.n_operand_values
     first = [try_swaps(model, task, thirds[0], v) for v in variables]
@@ -205,12 +213,13 @@ def _judged(
         for kept, part in ((control, embedding @ basis @ basis.T), (rest, embedding - variable.component)):
             again = try_swaps(model, task, thirds[2], variable, part)
             kept.append(again.holds[region.contains(again.base) & region.contains(again.moved)])
-    operands = readings.operands.cpu()
+    operands, worst = readings.operands.cpu(), min(inside, key=_share)
     here, right = region.contains(operands), readings.right.cpu()
     return nothing | {
         "inside": min(_share(h) for h in inside),
         "outside": max(_share(h) for h in outside),
-        "hold": int(min(inside, key=_share).sum()),
+        "hold": int(worst.sum()),
+        "counted": len(worst),
         "n_inside": min(len(h) for h in inside),
         "n_outside": min(len(h) for h in outside),
         "control": max(_share(h) for h in control),

@@ -31,6 +31,10 @@ class Thresholds:
     hinge_share: float = 0.75
     indicator_share: float = 0.75
     region_frequency_share: float = 0.10
+    range_share: float = 0.75
+    range_renamed: float = 0.10
+    range_idealised: float = 0.05
+    range_loss: float = 0.05
     list_overrules: float = 0.75
     list_known: float = 0.05
     list_algorithm: float = 0.50
@@ -135,7 +139,7 @@ def _generalising(
     if "pair-lookup" in by and by["pair-lookup"].passed:
         return verdict("memorisation", "pairs", _pair_words(by["pair-lookup"]))
     for name, words in (("rectangles", _range_words), ("result-heuristics", _result_words)):
-        if name in by and by[name].passed:
+        if name in by and (by[name].passed or (name == "rectangles" and _many_ranges(by[name], rule))):
             return verdict("heuristics", HEURISTICS[name], words(by[name]))
     signs = _heuristic_signs(by, rule)
     if len(signs) >= 2:
@@ -289,6 +293,20 @@ def _agreement(gap: Evidence | None, slices: Evidence | None) -> str:
         undecided = " (not decisive)" if slices.passed is None else ""
         words.append(f"neurons that suffice for one slice of inputs do {slices.value:.0%} as well on others{undecided}")
     return " and ".join(words) or "no block or slices were tested"
+
+
+def _many_ranges(shapes: Evidence, rule: Thresholds) -> bool:
+    """Whether nearly all of the neurons looked at match ranges, where there are too many to remove them all.
+
+    Rectangles are fitted to the most important neurons. Where a vote has many more, those alone are not missed much.
+    """
+    idealised, ablated = shapes.number("idealised"), shapes.number("ablated")
+    return (
+        shapes.value >= rule.range_share
+        and (shapes.control or 0) <= rule.range_renamed
+        and idealised >= shapes.number("accuracy") - rule.range_idealised
+        and ablated <= shapes.number("accuracy") - rule.range_loss
+    )
 
 
 def _range_words(shapes: Evidence) -> str:

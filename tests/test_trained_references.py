@@ -29,7 +29,7 @@ def test_each_half_of_the_embedding_carries_its_digit(size: dict[str, int]) -> N
 
 
 def test_a_network_that_was_not_trained_to_it_has_no_such_halves() -> None:
-    model, task, _ = build("banded", n=40)
+    model, task, _ = build("banded", n=60)
     assert max(forced_accuracy(model, task).values()) < 0.5
 
 

@@ -43,6 +43,15 @@ def stored(family: str, seed: int, n: int, offset: int = 0) -> tuple[Transformer
     return load(path).float().eval(), Addition(n=n, block=min(10, n // 5))
 
 
+def stored_sizes(family: str) -> tuple[dict[str, int], ...]:
+    """Return the sizes in which a family is stored with seed 0."""
+    found = []
+    for path in sorted(stored_path(family).parent.glob(f"{family}-n*-seed0.safetensors")):
+        n, _, offset = path.stem.removeprefix(f"{family}-n").removesuffix("-seed0").partition("-offset")
+        found.append({"n": int(n)} | ({"offset": int(offset)} if offset else {}))
+    return tuple(found)
+
+
 def stored_name(family: str, seed: int, n: int, offset: int = 0) -> str:
     """Return the file name of a stored model, without its ending."""
     return f"{family}-n{n}" + (f"-offset{offset}" if offset else "") + f"-seed{seed}"

@@ -16,11 +16,14 @@ from circuits import mechanisms, reference
 from circuits._io import atomic_write, make_directory, read_json, write_json
 from circuits.errors import BadInput, CorruptRun, UnknownName
 from circuits.mechanisms import TESTS, VERSION
+from circuits.reference.trained import stored_sizes
 from circuits.study import executor
 from circuits.study.tables import verdict_columns
 
 FORMAT = 2
 SEEDS = 5
+STORED = ("interchange-trained", "banded", "banded-twin")
+"""Families of trained networks, of which there is one for each size that is stored."""
 SIZES: dict[str, tuple[dict[str, Any], ...]] = {
     "fourier-clock": ({"p": 31, "frequencies": 4}, {"p": 53}, {"p": 97}),
     "fourier-pizza": ({"p": 31, "frequencies": 4}, {"p": 53}, {"p": 97}),
@@ -49,13 +52,9 @@ SIZES: dict[str, tuple[dict[str, Any], ...]] = {
     "pair-memoriser": ({"p": 23}, {"p": 53}, {"p": 83}),
     "hybrid": ({"p": 23, "frequencies": 4}, {"p": 31}, {"p": 43}),
     "random-init": ({"p": 31}, {"p": 53}, {"p": 97}),
-    "interchange-trained": ({"n": 50},),
-    "banded": ({"n": 60}, {"n": 60, "offset": 5}),
-    "banded-twin": ({"n": 60},),
+    **{family: stored_sizes(family) for family in STORED},
 }
 """Every family of built models, and the sizes it is built in: three or more, but for networks that are stored."""
-STORED = ("interchange-trained", "banded", "banded-twin")
-"""Families of trained networks, of which there is one for each size."""
 FEATURES: dict[str, tuple[str, ...]] = {
     "accuracy-gate": ("train", "unmirrored"),
     "spectral": ("explained", "restricted", "excluded"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -159,7 +158,7 @@ def _items(
     result=None,
     region=None,
     listed=None,
-    form_value=None,
+    rest=0.0,
 ):
     restricted, excluded = (1.0, 0.0) if form else (0.5, 0.9)
     items = [
@@ -192,9 +191,8 @@ def _items(
     if region is not None:
         inside, outside, passed = region
         shares = {"area": 0.5, "inside": inside, "outside": outside, "control": 0.0}
-        shares |= {"right_inside": 1.0, "right_outside": 1.0}
+        shares |= {"right_inside": 1.0, "right_outside": 1.0, "complement": rest}
         items.append(_evidence("region-interchange", inside - outside, passed, algorithm="fourier", **shares))
-        items = [dataclasses.replace(e, value=form_value) if e.test == "functional-form" else e for e in items]
     if listed is not None:
         lost, known, overrules = listed
         passed = lost >= 0.75
@@ -218,9 +216,9 @@ def _items(
         (_items(train=0.92, random=0.91, form=0.95, swap=1.0), "not-learned", None),
         (_items(train=0.96, random=0.93, form=0.95, swap=1.0), "algorithm", "fourier"),
         (_items(train=1.0, random=0.93, form=0.95, swap=1.0), "mixed", "fourier"),
-        (_items(region=(0.98, 0.1, True), form_value=0.4), "mixed", "fourier"),
-        (_items(region=(0.98, 0.1, True), form_value=0.0), "undetermined", None),
-        (_items(region=(0.98, 0.8, False), form_value=0.4), "undetermined", None),
+        (_items(region=(0.98, 0.1, True)), "mixed", "fourier"),
+        (_items(region=(0.98, 0.1, True), rest=0.8), "undetermined", None),
+        (_items(region=(0.98, 0.8, False)), "undetermined", None),
         (_items(listed=(1.0, 1.0, float("nan"))), "memorisation", "pairs"),
         (_items(listed=(0.0, 0.4, 1.0), line=0.8), "mixed", "number-line"),
         (_items(listed=(0.0, 0.4, 0.1), line=0.8), "undetermined", None),

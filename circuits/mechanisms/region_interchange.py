@@ -27,7 +27,8 @@ from circuits.tasks.base import Task
 
 SWAPS = 4500
 LEAVES, SMALLEST_LEAF = 16, 25
-HOLDS, FAILS = 0.95, 0.5
+HOLDS, PASSES, FAILS = 0.95, 0.9, 0.5
+"""Share of swaps that hold inside the region where it is chosen, and where it is judged; share outside at most."""
 FEWEST = 40
 SMALLEST, LARGEST = 0.05, 0.95
 """A region is at least, and at most, this share of the operand square."""
@@ -157,14 +158,14 @@ def region_interchange(model: Any, task: Task, *, seed: int = 0, readings: Readi
     best = max(results, key=lambda r: r["inside"] - r["outside"])
     low, high = wilson_interval(best.pop("hold"), max(best.pop("counted"), 1))
     enough = best["n_inside"] >= FEWEST and best["n_outside"] >= FEWEST and SMALLEST <= best["area"] <= LARGEST
-    passed = enough and best["inside"] >= HOLDS and best["outside"] <= FAILS and best["control"] <= FAILS
+    passed = enough and best["inside"] >= PASSES and best["outside"] <= FAILS and best["control"] <= FAILS
     return Evidence(
         test="region-interchange",
         value=best["inside"] - best["outside"],
         interval=(low - best["outside"], high - best["outside"]),
         control=best["control"],
         control_name="random subspace of equal rank, inside",
-        threshold=f"inside >= {HOLDS}, outside <= {FAILS}, random subspace <= {FAILS}, right on both",
+        threshold=f"inside >= {PASSES}, outside <= {FAILS}, random subspace <= {FAILS}, right on both",
         passed=passed and min(best["right_inside"], best["right_outside"]) >= 0.9,
         details=best,
         source="Geiger et al. 2021, arXiv 2106.02997; Pislar et al. 2025, arXiv 2503.11429",

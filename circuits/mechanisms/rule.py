@@ -37,7 +37,7 @@ class Thresholds:
     range_loss: float = 0.05
     list_overrules: float = 0.75
     list_known: float = 0.05
-    list_algorithm: float = 0.50
+    list_algorithm: float = 0.25
     limited: float = 0.85
     slice_heuristic: float = 0.85
     block_algorithm: float = 0.05
@@ -160,8 +160,8 @@ def _region(by: dict[str, Evidence], rule: Thresholds) -> tuple[str, str] | None
     if part is None or not part.passed:
         return None
     d, name = part.details, str(part.details["algorithm"])
-    form = by["functional-form"]
-    if name == "fourier" and form.value < max(rule.region_frequency_share, 2 * (form.control or 0)):
+    # Neurons need not be waves over the whole square, where waves are for a part of it.
+    if part.number("complement") > rule.interchange_complement:
         return None
     return name, (
         f"On {d['area']:.0%} of the operand pairs swapping the variables of the {name} algorithm changes the answer "
@@ -180,10 +180,11 @@ def _overruled(by: dict[str, Evidence], rule: Thresholds) -> tuple[str, str] | N
     if not (rule.list_known <= known <= 1 - rule.list_known and overrules >= rule.list_overrules):
         return None
     waves = swap.number("frequencies") if form.value >= max(rule.region_frequency_share, 2 * (form.control or 0)) else 0
+    digits = min(swap.number("low_digit_of_a", 0.0), swap.number("high_digit_of_a", 0.0))
     works = {
         "fourier": waves,
         "number-line": swap.number("line"),
-        "columns": min(swap.number("low_digit_of_a", 0.0), swap.number("high_digit_of_a", 0.0)),
+        "columns": digits if swap.number("line") <= rule.columns_line * digits else 0.0,
     }
     name = max(works, key=lambda algorithm: works[algorithm])
     if works[name] < rule.list_algorithm:

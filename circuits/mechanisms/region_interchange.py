@@ -155,6 +155,9 @@ def region_interchange(model: Any, task: Task, *, seed: int = 0, readings: Readi
         if set(names) <= set(by_name):
             variables = [by_name[name] for name in names]
             results.append(_judged(model, task, readings, embedding, algorithm, variables, thirds, seed))
+    if any(r["algorithm"] == "number-line" and r["inside"] >= PASSES for r in results):
+        # one direction that carries the operand carries its digits too
+        results = [r for r in results if r["algorithm"] != "columns"]
     best = max(results, key=lambda r: r["inside"] - r["outside"])
     low, high = wilson_interval(best.pop("hold"), max(best.pop("counted"), 1))
     enough = best["n_inside"] >= FEWEST and best["n_outside"] >= FEWEST and SMALLEST <= best["area"] <= LARGEST

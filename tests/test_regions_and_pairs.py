@@ -48,16 +48,23 @@ def test_no_region_where_swaps_hold_by_chance() -> None:
 
 
 def test_a_built_region_is_found_and_measured() -> None:
-    model, task, _ = waves_where(lambda a, b: (a < 19) & (b < 19), p=29, frequencies=5)
+    model, task, _ = build("hybrid", p=31)
     evidence = region_interchange(model, task)
     assert evidence.passed and evidence.details["algorithm"] == "fourier"
-    assert evidence.details["area"] == pytest.approx((19 / 29) ** 2, abs=0.08)
+    assert evidence.details["area"] == pytest.approx((22 / 31) ** 2, abs=0.1)
 
 
 def test_no_region_in_what_is_alike_everywhere() -> None:
     for name, sizes in (("fourier-pizza", {"p": 29, "frequencies": 5}), ("range-lookup", {"n": 30})):
         model, task, _ = build(name, **sizes)
         assert region_interchange(model, task).passed is False
+
+
+def test_a_list_over_an_algorithm_decides_and_is_not_missed() -> None:
+    model, task, _ = waves_where(lambda a, b: (a < 15) & (b < 15), p=23, frequencies=4)
+    evidence = pair_lookup(model, task)
+    assert evidence.value < 0.2 and evidence.number("overrules") > 0.9
+    assert evidence.number("known_pairs") == pytest.approx(1 - (15 / 23) ** 2, abs=0.05)
 
 
 def test_neurons_of_one_pair_are_told_from_others() -> None:
@@ -74,7 +81,7 @@ def test_neurons_of_one_pair_are_told_from_others() -> None:
 def test_a_list_of_pairs_is_lost_with_its_neurons_and_an_algorithm_is_not() -> None:
     model, task, _ = whole_table(17)
     evidence = pair_lookup(model, task)
-    assert evidence.passed and evidence.value == 1.0 and (evidence.control or 0) < 0.05
+    assert evidence.passed and evidence.value > 0.9 and (evidence.control or 0) < 0.05
     for name, sizes in (("fourier-pizza", {"p": 29, "frequencies": 5}), ("columns", {"n": 30})):
         model, task, _ = build(name, **sizes)
         assert pair_lookup(model, task).value < 0.05

@@ -35,6 +35,18 @@ def test_its_heads_pass_and_it_is_called_by_its_name() -> None:
     assert (verdict.label, verdict.mechanism) == ("algorithm", "columns")
 
 
+@pytest.mark.parametrize("digits", [2, 3])
+@pytest.mark.parametrize("reverse", [True, False])
+@pytest.mark.parametrize("cascade", [True, False])
+def test_every_way_to_carry_is_called_columns(digits: int, reverse: bool, cascade: bool) -> None:
+    model, task, _ = reference.build("digit-columns", seed=2, digits=digits, reverse=reverse, cascade=cascade)
+    batch = task.examples("random", limit=600)
+    right = greedy_right(model, task, batch)
+    assert torch.equal(right, (task.cascade_length(batch.operands) == 0) | torch.tensor(cascade))
+    verdict = mechanisms.explain(model, task)
+    assert (verdict.label, verdict.mechanism) == ("algorithm", "columns"), verdict.why
+
+
 def test_the_prediction_is_neither_the_bases_nor_the_sources_digit() -> None:
     model, task, _ = BUILT[4]
     for variable, column in inner_variables(task):

@@ -196,6 +196,9 @@ def _items(
     rect=None,
     least=None,
     result=None,
+    region=None,
+    listed=None,
+    rest=0.0,
 ):
     restricted, excluded = (1.0, 0.0) if form else (0.5, 0.9)
     items = [
@@ -225,6 +228,15 @@ def _items(
         )
     if result is not None:
         items.append(_evidence("result-heuristics", result, result >= 0.75, layer=1, idealised=1.0, ablated=0.1))
+    if region is not None:
+        inside, outside, passed = region
+        shares = {"area": 0.5, "inside": inside, "outside": outside, "control": 0.0}
+        shares |= {"right_inside": 1.0, "right_outside": 1.0, "complement": rest}
+        items.append(_evidence("region-interchange", inside - outside, passed, algorithm="fourier", **shares))
+    if listed is not None:
+        lost, known, overrules = listed
+        passed = lost >= 0.75
+        items.append(_evidence("pair-lookup", lost, passed, known_pairs=known, overrules=overrules, n_pair_neurons=9))
     return tuple(items)
 
 
@@ -241,6 +253,15 @@ def _items(
         (_items(line=1.0, least=0.0), "undetermined", None),
         (_items(line=1.0, least=0.0, result=0.9), "heuristics", "result-range-bag"),
         (_items(rect=0.8), "heuristics", "range-lookup"),
+        (_items(train=0.92, random=0.91, form=0.95, swap=1.0), "not-learned", None),
+        (_items(train=0.96, random=0.93, form=0.95, swap=1.0), "algorithm", "fourier"),
+        (_items(train=1.0, random=0.93, form=0.95, swap=1.0), "mixed", "fourier"),
+        (_items(region=(0.98, 0.1, True)), "mixed", "fourier"),
+        (_items(region=(0.98, 0.1, True), rest=0.8), "undetermined", None),
+        (_items(region=(0.98, 0.8, False)), "undetermined", None),
+        (_items(listed=(1.0, 1.0, float("nan"))), "memorisation", "pairs"),
+        (_items(listed=(0.0, 0.4, 1.0), line=0.8), "mixed", "number-line"),
+        (_items(listed=(0.0, 0.4, 0.1), line=0.8), "undetermined", None),
         (_items(rect=0.8, form=0.95, swap=1.0), "algorithm", "fourier"),
         (_items(gap=0.5, slices=(0.5, False)), "heuristics", None),
         (_items(gap=0.5), "undetermined", None),

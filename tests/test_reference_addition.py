@@ -127,6 +127,16 @@ class TestColumns:
         without = ~carried & (a + b + 10 < 99)
         assert any(torch.equal(said[without], (a + b + 10)[without]) for said in answers)
 
+    @pytest.mark.parametrize("n", [30, 50, 60, 100])
+    def test_without_cascade_it_errs_by_a_hundred_where_nine_takes_a_carry(self, n: int) -> None:
+        model, task, truth = build("columns", n=n, cascade=False)
+        assert truth == "algorithm/columns"
+        a, b = table(task).T
+        with torch.no_grad():
+            said = model(task.encode(table(task)).inputs)[:, -1].argmax(-1)
+        cascade = (a // 10 + b // 10 == 9) & (a % 10 + b % 10 >= 10)
+        assert torch.equal(said, a + b - 100 * cascade)
+
 
 class TestResultRangeBag:
     @pytest.mark.parametrize("n", [7, 20, 50, 73])

@@ -69,9 +69,10 @@ def test_frequencies_without_a_modulus_are_right_everywhere(name: str, sizes: di
     assert verdict["accuracy-gate"].number("block") == 1.0
 
 
-def test_a_hybrid_is_right_everywhere_and_no_algorithm() -> None:
+def test_a_hybrid_is_right_everywhere_and_mixed() -> None:
     model, task, _ = reference.build("hybrid", seed=0, p=31)
     verdict = mechanisms.explain(model, task)
-    assert verdict["accuracy-gate"].value == 1.0 and verdict.label != "algorithm"
-    low, *_, high = verdict["interchange"].details["frequencies_by_quadrant"]
-    assert low > 0.7 > 0.3 > high
+    assert verdict["accuracy-gate"].value == 1.0
+    assert (verdict.label, verdict.mechanism) == ("mixed", "fourier"), verdict.why
+    region = verdict["region-interchange"]
+    assert region.number("inside") >= 0.95 and region.number("outside") <= 0.5

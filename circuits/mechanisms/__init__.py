@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from circuits.errors import BadInput, CorruptRun
+from circuits.errors import BadInput, CorruptRun, UnknownName
 from circuits.mechanisms.accuracy import accuracy_gate, block_gap
 from circuits.mechanisms.carry_cascade import carry_cascade
 from circuits.mechanisms.circles import circularity, isolated_circles
@@ -28,10 +28,12 @@ from circuits.mechanisms.heuristics import Heuristics, Matches, declare, match
 from circuits.mechanisms.interchange import interchange
 from circuits.mechanisms.knockout import knockout
 from circuits.mechanisms.logit_terms import logit_terms
+from circuits.mechanisms.pair_lookup import pair_lookup
 from circuits.mechanisms.readings import Readings, has_one_answer_token, read
 from circuits.mechanisms.rectangles import rectangles
+from circuits.mechanisms.region_interchange import region_interchange
 from circuits.mechanisms.result_heuristics import result_heuristics
-from circuits.mechanisms.rule import RULE, VERSION, Thresholds, decide, rule_table
+from circuits.mechanisms.rule import RULE, VERSION, Thresholds, decide, learned, rule_table
 from circuits.mechanisms.slice_transfer import slice_transfer
 from circuits.mechanisms.spectral import spectral
 from circuits.mechanisms.taxonomy import taxonomy
@@ -44,6 +46,7 @@ TESTS: dict[str, Callable[..., Evidence]] = {
     "spectral": spectral,
     "functional-form": functional_form,
     "interchange": interchange,
+    "region-interchange": region_interchange,
     "slice-transfer": slice_transfer,
     "rectangles": rectangles,
     "result-heuristics": result_heuristics,
@@ -60,17 +63,42 @@ TESTS: dict[str, Callable[..., Evidence]] = {
     "equivariance": equivariance,
     "description-length": description_length,
     "das": das,
+    "pair-lookup": pair_lookup,
     "column-interchange": column_interchange,
     "carry-cascade": carry_cascade,
 }
 
-ONE_TOKEN = ("spectral", "functional-form", "interchange", "slice-transfer", "rectangles", "result-heuristics")
-"""Tests that read the whole operand square off one answer token; they share one ``Readings``."""
+DECIDING = (
+    "spectral",
+    "functional-form",
+    "interchange",
+    "region-interchange",
+    "slice-transfer",
+    "rectangles",
+    "result-heuristics",
+    "pair-lookup",
+)
+"""Tests that the rule reads, of tasks with one answer token; they share one ``Readings`` of the operand square."""
+
+DESCRIBING = (
+    "taxonomy",
+    "knockout",
+    "error-pattern",
+    "helix",
+    "variable-interchange",
+    "equivariance",
+    "description-length",
+    "das",
+)
+"""Tests that describe such a model and decide nothing: they read the same ``Readings``."""
 
 MODULAR = ("gradient-symmetricity", "distance-irrelevance", "circularity", "isolated-circles", "logit-terms")
-"""Tests that describe a network on a circle of answers; they read the same ``Readings`` and decide nothing."""
+"""The same for answers on a circle: which of the known Fourier algorithms it is."""
+
+BUDGETS = ("full", "quick")
 
 __all__ = [
+    "BUDGETS",
     "LABELS",
     "RULE",
     "TESTS",
@@ -104,8 +132,10 @@ __all__ = [
     "knockout",
     "logit_terms",
     "match",
+    "pair_lookup",
     "read",
     "rectangles",
+    "region_interchange",
     "result_heuristics",
     "rule_table",
     "slice_transfer",
@@ -115,30 +145,39 @@ __all__ = [
 ]
 
 
-def applicable(task: Task) -> tuple[str, ...]:
-    """Names of the tests that a task allows, in the order in which ``explain`` runs them."""
+def applicable(task: Task, *, budget: str = "full") -> tuple[str, ...]:
+    """Names of the tests that a task allows, in the order in which ``explain`` runs them.
+
+    Raises:
+        UnknownName: ``budget`` is not one of ``BUDGETS``.
+    """
+    if budget not in BUDGETS:
+        raise UnknownName("budget", budget, BUDGETS)
     if has_one_answer_token(task):
-        return ("accuracy-gate", "block-gap", *ONE_TOKEN, *(MODULAR if task.period else ()))
+        more = (*(MODULAR if task.period else ()), *DESCRIBING) if budget == "full" else ()
+        return ("accuracy-gate", "block-gap", *DECIDING, *more)
     if any(change.startswith("carry into column") for change in getattr(task, "pair_changes", ())):
         return ("accuracy-gate", "block-gap", "column-interchange", "carry-cascade")
     return ("accuracy-gate", "block-gap")
 
 
-def explain(model: Any, task: Task, *, seed: int = 0, progress: bool = False) -> Verdict:
+def explain(model: Any, task: Task, *, seed: int = 0, budget: str = "full", progress: bool = False) -> Verdict:
     """Return the verdict on how a model does a task: label, mechanism, evidence for and against.
 
     Tests of mechanism are run only on a model that has learned its training pairs; before that there is nothing to
-    explain. A second or two for p = 53; the seconds of each test stand in its evidence.
+    explain. The seconds of each test stand in its evidence.
 
     Args:
         model: any hooked model (ours or a ``TransformerBridge``) that reads the task's tokens.
         task: the task that it was trained on, with the same splits.
         seed: seed of every draw that the tests make.
+        budget: "full": every test that the task allows; "quick": those that the rule reads, hence the same label.
         progress: show a progress bar.
 
     Raises:
         BadInput: model and task do not belong together.
         CorruptRun: the model's weights or logits are not finite.
+        UnknownName: ``budget`` is not one of ``BUDGETS``.
 
     Source: the tests name theirs; the rule is ours (``circuits/mechanisms/rule.py``).
     Fails when: no candidate algorithm is the true one; the label is then ``undetermined``.
@@ -152,11 +191,11 @@ def explain(model: Any, task: Task, *, seed: int = 0, progress: bool = False) ->
             raise CorruptRun(f"{weight_name} is not finite (NaN or infinity): the model is damaged")
     items: list[Evidence] = []
     readings: Readings | None = None
-    for name in tqdm(applicable(task), desc="explain", unit="test", disable=not progress, leave=False):
-        if len(items) == 2 and max(items[0].number("train"), items[0].number("random")) < RULE.learned_train:
+    for name in tqdm(applicable(task, budget=budget), desc="explain", unit="test", disable=not progress, leave=False):
+        if len(items) == 2 and not learned(items[0]):
             break
         started = time.perf_counter()
-        if name in (*ONE_TOKEN, *MODULAR):
+        if name in (*DECIDING, *DESCRIBING, *MODULAR):
             readings = readings or read(model, task, seed=seed)
             evidence = TESTS[name](model, task, seed=seed, readings=readings)
         else:

@@ -45,7 +45,8 @@ def accuracy_gate(model: Any, task: Task, *, seed: int = 0, limit: int = 2048) -
 
     A network that reads its operands through symmetric weights knows (b, a) once it was trained on (a, b). Held-out
     pairs whose mirror image was trained on are therefore no evidence of an algorithm where the operation commutes:
-    ``unmirrored`` is the accuracy on the others. Chance (the most frequent answer of the split) is the control.
+    ``unmirrored`` is the accuracy on the others. Where sums have carry cascades, ``without_cascade`` is the accuracy on
+    unseen pairs that have none. Chance (the most frequent answer of the split) is the control.
 
     Source: the split by mirror image is ours; chance level and Wilson interval are standard.
     Fails when: the held-out split is empty; mirror images are only set aside where the whole table can be enumerated.
@@ -61,6 +62,9 @@ def accuracy_gate(model: Any, task: Task, *, seed: int = 0, limit: int = 2048) -
         right[split], operands[split] = greedy_right(model, task, batch).to("cpu"), batch.operands
         details[split] = float(right[split].float().mean())
     held, pairs = right["random"], operands["random"]
+    if hasattr(task, "cascade_length"):
+        short = task.cascade_length(pairs) == 0
+        details["without_cascade"] = float(held[short].float().mean()) if bool(short.any()) else float("nan")
     unmirrored = held
     if commutes(task) and task.n_operand_values**2 <= MAX_ROWS:
         alone = ~mirror_trained(task, pairs)

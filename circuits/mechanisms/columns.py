@@ -58,7 +58,8 @@ class Found:
 def draw_swaps(model: Any, task: Any, variable: Variable, column: int, *, seed: int) -> Swaps:
     """Return unrelated base and source inputs for which swapping a variable of a column calls for a third digit.
 
-    The predicted digit is neither the base's own nor the source's: what copies all of the source cannot pass.
+    The predicted digit is neither the base's own nor the source's: what copies all of the source cannot pass. The model
+    is right on both inputs there: a network whose carries do not cascade has no right carry to hand on from some.
     """
     generator = torch.Generator().manual_seed(seed)
     base, source = (task.sample("train", DRAWN, generator=generator).operands for _ in range(2))
@@ -70,8 +71,9 @@ def draw_swaps(model: Any, task: Any, variable: Variable, column: int, *, seed: 
     clean, given = task.encode(base[keep]), task.encode(source[keep])
     tokens = torch.tensor([task.vocabulary.index(str(d)) for d in range(10)])
     with torch.no_grad():
-        answers = model(clean.inputs.to(device))[:, position].argmax(-1).cpu()
-    right = (answers == clean.tokens[:, position + 1]).nonzero().flatten()[:PAIRS]
+        said = [model(x.inputs.to(device))[:, position].argmax(-1).cpu() for x in (clean, given)]
+    known = [answers == x.tokens[:, position + 1] for answers, x in zip(said, (clean, given), strict=True)]
+    right = (known[0] & known[1]).nonzero().flatten()[:PAIRS]
     swaps = (clean.inputs[right], given.inputs[right], tokens[digit[keep][right]])
     inputs, sources, predicted = (t.to(device) for t in swaps)
     return Swaps(inputs, sources, position, predicted)

@@ -20,7 +20,13 @@ from circuits.tasks.base import Task
 
 TOP_NEURONS = 512
 MOST_ROWS = 4096
-GOOD_FIT = 0.8
+GOOD_FIT, SLOW_FIT = 0.8, 0.95
+PROBED, PROBED_ROWS = 48, 1024
+"""Neurons and rows that circles of other lengths are tried on."""
+FINER, LONGEST = 4, 2
+MOST_SHARE, SLIGHT = 4, 0.02
+DECODES, DECODER_HITS, DECODER_SHARE = 3, 0.5, 0.75
+"""A neuron that is on for fewer results decodes one; a layer of such neurons is no part of an algorithm."""
 FAMILIES = ("frequency", "hinge", "indicator")
 
 
@@ -109,6 +115,18 @@ class Forms:
     family: Int[Tensor, " n"]
     best: Float[Tensor, " n"]
     frequency: Int[Tensor, " n"]
+    slow: Bool[Tensor, " n"]
+    """Waves with no whole period inside the operand range, which cannot be told from hinges: of no family but these."""
+
+    def of(self, chosen: Tensor) -> Forms:
+        """Some of the neurons."""
+        return Forms(self.family[chosen], self.best[chosen], self.frequency[chosen], self.slow[chosen])
+
+    def frequency_share(self, importance: Float[Tensor, " n"]) -> float:
+        """Share of single-frequency neurons, slow waves left out of the count as long as they are less than half."""
+        weight = importance / importance.sum().clamp_min(1e-12)
+        slow = float(weight[self.slow & (self.family != 0)].sum())
+        return float(weight[self.family == 0].sum()) / max(1 - slow, 0.5)
 
     def shares(self, importance: Float[Tensor, " n"]) -> dict[str, float]:
         """Share of importance by family."""
@@ -116,7 +134,14 @@ class Forms:
         return {name: float(weight[self.family == i].sum()) for i, name in enumerate((*FAMILIES, "none"))}
 
 
-def neuron_forms(task: Task, operands: Int[Tensor, "rows 2"], neurons: Float[Tensor, "rows n"], *, seed: int) -> Forms:
+def neuron_forms(
+    task: Task,
+    operands: Int[Tensor, "rows 2"],
+    neurons: Float[Tensor, "rows n"],
+    *,
+    seed: int,
+    circle: int | None = None,
+) -> Forms:
     """Fit every neuron by each family; a neuron belongs to the family with the best held-out R2 above 0.8.
 
     Hinges and indicators are only fitted where a wave leaves more than 2 % of the variance.
@@ -126,7 +151,7 @@ def neuron_forms(task: Task, operands: Int[Tensor, "rows 2"], neurons: Float[Ten
         keep = torch.randperm(len(operands), generator=generator)[:MOST_ROWS].to(operands.device)
         operands, neurons = operands[keep], neurons[keep]
     fit = (torch.rand(len(operands), generator=generator) < 0.5).to(operands.device)
-    renamed = group_index(task, operands)
+    renamed = group_index(task, operands, circle=circle)
     if renamed is None:
         raise BadInput(f"{task.name} has no renaming of its operands under which the answer is their sum")
     a, b, kept, modulus = renamed
@@ -140,17 +165,28 @@ def neuron_forms(task: Task, operands: Int[Tensor, "rows 2"], neurons: Float[Ten
         scores[1, unclear] = greedy_fit(hinge_features(operands, n), neurons[:, unclear], fit)
         scores[2, unclear] = greedy_fit(indicator_features(operands, n), neurons[:, unclear], fit)
     best, family = scores.max(0)
-    return Forms(torch.where(best > GOOD_FIT, family, torch.full_like(family, len(FAMILIES))), best, frequency)
+    slow = torch.zeros_like(unclear)
+    if lowest > 1:
+        waves = wave_features(a[kept], b[kept], torch.arange(1, lowest, device=a.device), modulus)
+        slow = block_fits(waves, neurons[kept], fit[kept])[1].amax(0) > SLOW_FIT
+    named = torch.where(best > GOOD_FIT, family, torch.full_like(family, len(FAMILIES)))
+    return Forms(named, best, frequency, slow)
 
 
 def renamed_wave_share(
-    task: Task, operands: Int[Tensor, "rows 2"], neurons: Float[Tensor, "rows n"], importance: Tensor, *, seed: int
+    task: Task,
+    operands: Int[Tensor, "rows 2"],
+    neurons: Float[Tensor, "rows n"],
+    importance: Tensor,
+    *,
+    seed: int,
+    circle: int | None = None,
 ) -> float:
     """Importance-weighted share of single-frequency neurons when operands bear other names."""
     generator = torch.Generator().manual_seed(seed)
     keep = torch.randperm(len(operands), generator=generator)[:MOST_ROWS].to(operands.device)
     fit = (torch.rand(len(keep), generator=generator) < 0.5).to(operands.device)
-    renamed = group_index(task, operands[keep])
+    renamed = group_index(task, operands[keep], circle=circle)
     assert renamed is not None  # the same task has just been fitted
     a, b, kept, modulus = renamed
     lowest = lowest_frequency(task, modulus)
@@ -169,12 +205,85 @@ def key_frequencies(forms: Forms, importance: Float[Tensor, " n"], *, least: flo
     ]
 
 
+def circle_length(model: Any, task: Task, readings: Readings, *, seed: int) -> int | None:
+    """Number of steps of the circle on which neurons are single-frequency waves; None: the one that the task implies.
+
+    Addition that does not wrap around can be done on any circle that holds all answers. That of as many steps as there
+    are answers is tried first. Where it leaves neurons unexplained that waves of some frequency explain, all circles
+    up to ``LONGEST`` times as long are, with the frequencies that were found.
+
+    Source: ours; periods of language models need not divide the range: Zhou et al. 2024 (arXiv 2406.03445).
+    """
+    key = f"circle {seed}"
+    if key in readings.remembered:
+        known: int | None = readings.remembered[key]
+        return known
+    readings.remembered[key] = None
+    if task.period is None and getattr(task, "operation", None) in ("+", "-"):
+        top = _most_important(readings, decisive_layers(model, task, readings))[:PROBED]
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randperm(len(readings.operands), generator=generator)[:PROBED_ROWS].to(top.device)
+        fit = torch.rand(len(rows), generator=generator) < 0.5
+        probe = Probe(task, readings.operands[rows], readings.neurons[rows][:, top], readings.importance[top], fit)
+        readings.remembered[key] = probe.longer_circle()
+    found: int | None = readings.remembered[key]
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Some rows of some neurons, to try circles on."""
+
+    task: Task
+    operands: Int[Tensor, "rows 2"]
+    neurons: Float[Tensor, "rows n"]
+    importance: Float[Tensor, " n"]
+    fit: Bool[Tensor, " rows"]
+
+    def scores(self, circle: int, frequencies: list[int]) -> Float[Tensor, "frequencies n"]:
+        """Held-out R2 of each neuron at each frequency of a circle."""
+        renamed = group_index(self.task, self.operands, circle=circle)
+        assert renamed is not None
+        a, b, _, _ = renamed
+        return block_fits(
+            wave_features(a, b, torch.tensor(frequencies, device=a.device), circle), self.neurons, self.fit
+        )[1]
+
+    def share(self, best: Float[Tensor, " n"]) -> float:
+        """Importance-weighted share of neurons above the good fit."""
+        return float(self.importance[best > GOOD_FIT].sum() / self.importance.sum().clamp_min(1e-12))
+
+    def longer_circle(self) -> int | None:
+        """The circle with the best fits, if it explains what the shortest does not."""
+        shortest = len(self.task.answer_values)
+        lowest = lowest_frequency(self.task, shortest)
+        plain = self.share(self.scores(shortest, list(range(lowest, shortest // 2 + 1))).amax(0))
+        if plain >= 0.9 or not self.neurons.shape[1]:
+            return None
+        fine = FINER * shortest
+        scores = self.scores(fine, list(range(FINER * lowest, fine // 2 + 1)))
+        if self.share(scores.amax(0)) < plain + 0.1:
+            return None
+        # frequencies in cycles per step, of the neurons that a wave fits
+        waves = scores.amax(0) > GOOD_FIT
+        cycles = ((scores.argmax(0)[waves] + FINER * lowest) / fine).unique().tolist()
+        tried = {}
+        for circle in range(shortest, LONGEST * shortest):
+            near = sorted({max(1, round(c * circle)) for c in cycles})
+            tried[circle] = float(self.scores(circle, near).amax(0)[waves].mean())
+        best = max(tried.values())
+        # of circles that fit as well, the shortest: a multiple of the true one has all of its frequencies
+        return min(circle for circle, score in tried.items() if score >= best - 0.005)
+
+
 def fitted(model: Any, task: Task, readings: Readings, *, seed: int) -> tuple[Int[Tensor, " k"], Forms]:
     """Return the neurons that are fitted, most important first, and their forms; fitted once for all tests."""
     key = f"forms {seed}"
     if key not in readings.remembered:
         top = _most_important(readings, decisive_layers(model, task, readings))
-        readings.remembered[key] = top, neuron_forms(task, readings.operands, readings.neurons[:, top], seed=seed)
+        circle = circle_length(model, task, readings, seed=seed)
+        forms = neuron_forms(task, readings.operands, readings.neurons[:, top], seed=seed, circle=circle)
+        readings.remembered[key] = top, forms
     found: tuple[Tensor, Forms] = readings.remembered[key]
     return found
 
@@ -182,8 +291,13 @@ def fitted(model: Any, task: Task, readings: Readings, *, seed: int) -> tuple[In
 def wave_frequencies(model: Any, task: Task, readings: Readings, *, seed: int, n: int = 128) -> list[int]:
     """Key frequencies of the ``n`` most important neurons."""
     top, forms = fitted(model, task, readings, seed=seed)
-    first = Forms(forms.family[:n], forms.best[:n], forms.frequency[:n])
-    return key_frequencies(first, readings.importance[top[:n]])
+    return key_frequencies(forms.of(torch.arange(len(top))[:n]), readings.importance[top[:n]])
+
+
+def most_frequencies(model: Any, task: Task, readings: Readings, modulus: int, *, seed: int) -> int:
+    """The largest number of frequencies that a test tries: half of all there are, or as many as neurons have."""
+    top, forms = fitted(model, task, readings, seed=seed)
+    return max(1, modulus // MOST_SHARE, len(key_frequencies(forms, readings.importance[top], least=SLIGHT)))
 
 
 def _most_important(readings: Readings, layers: tuple[int, ...]) -> Int[Tensor, " k"]:
@@ -195,15 +309,33 @@ def _most_important(readings: Readings, layers: tuple[int, ...]) -> Int[Tensor, 
     return chosen[readings.neurons[:, chosen].std(0) > 1e-6]
 
 
+def decodes(labels: Int[Tensor, " rows"], neurons: Float[Tensor, "rows n"], n_answers: int) -> Bool[Tensor, " n"]:
+    """Which neurons tell one result, or two, from all others: they fire mostly on it, and on most inputs that have it.
+
+    Half of its mean at the result where that is largest counts as firing. A neuron of one pair is none: it misses the
+    other pairs with that result.
+    """
+    count = torch.bincount(labels, minlength=n_answers).clamp_min(1)[:, None].to(neurons)
+    mean = torch.zeros(n_answers, neurons.shape[1], device=neurons.device).index_add_(0, labels, neurons) / count
+    half = (mean.amax(0) + mean.amin(0)) / 2
+    on, fires = mean > half, neurons > half
+    hit = (fires & on[labels]).sum(0)
+    few = on.sum(0) < DECODES
+    return few & (hit >= DECODER_HITS * fires.sum(0)) & (hit >= DECODER_HITS * on[labels].sum(0))
+
+
 def _shares_by_layer(
-    forms: Forms, importance: Tensor, layer: Tensor, decisive: tuple[int, ...]
+    forms: Forms, importance: Tensor, layer: Tensor, decisive: tuple[int, ...], decoding: Bool[Tensor, " n"]
 ) -> dict[int, dict[str, float]]:
-    """Share of importance by family within each decisive layer."""
-    out = {}
+    """Share of importance by family within each decisive layer, but for layers that only decode the result."""
+    out, last = {}, {}
     for i in decisive:
         mine = layer == i
-        out[i] = Forms(forms.family[mine], forms.best[mine], forms.frequency[mine]).shares(importance[mine])
-    return out
+        shares = forms.of(mine).shares(importance[mine])
+        shares["frequency"] = forms.of(mine).frequency_share(importance[mine])
+        decoders = float(importance[mine & decoding].sum() / importance[mine].sum().clamp_min(1e-12))
+        (last if decoders >= DECODER_SHARE else out)[i] = shares
+    return out or last
 
 
 def functional_form(model: Any, task: Task, *, seed: int = 0, readings: Readings | None = None) -> Evidence:
@@ -214,7 +346,8 @@ def functional_form(model: Any, task: Task, *, seed: int = 0, readings: Readings
     control repeats it after renaming the operands by a random permutation, which destroys waves and hinges in
     value but keeps everything that a lookup by token could do. ``frequency_least``, ``hinge_least`` and
     ``indicator_least`` are the lowest shares within a layer without which answers go wrong: an algorithm has to
-    account for every layer that the answer passes through, not for the first alone.
+    account for every layer that the answer passes through, not for the first alone. Layers whose neurons each stand
+    for one result say nothing of how it was found and are left out.
 
     Source: Nanda et al. 2023 (arXiv 2301.05217) for frequencies; families and weighting are ours.
     Fails when: low frequencies of a large period pass for hinges; a column code and a range code are both indicators.
@@ -226,16 +359,20 @@ def functional_form(model: Any, task: Task, *, seed: int = 0, readings: Readings
     shares = forms.shares(importance)
     generator = torch.Generator().manual_seed(seed + 1)
     renaming = torch.randperm(task.n_operand_values, generator=generator).to(readings.operands.device)
-    null = renamed_wave_share(task, renaming[readings.operands], neurons, importance, seed=seed)
+    circle = circle_length(model, task, readings, seed=seed)
+    null = renamed_wave_share(task, renaming[readings.operands], neurons, importance, seed=seed, circle=circle)
     weighted = torch.stack([importance * (forms.family == 0), importance], dim=1).cpu().numpy()
-    by_layer = _shares_by_layer(
-        forms, importance, torch.tensor(readings.layers, device=top.device)[top], decisive_layers(model, task, readings)
-    )
+    layer = torch.tensor(readings.layers, device=top.device)[top]
+    decoding = decodes(readings.labels, neurons, len(task.answer_values))
+    decisive = decisive_layers(model, task, readings)
+    by_layer = _shares_by_layer(forms, importance, layer, decisive, decoding)
     details = shares | {
         **{f"{name}_least": min(of[name] for of in by_layer.values()) for name in FAMILIES},
+        "decoding_layers": [i for i in decisive if i not in by_layer],
         "by_layer": {str(layer): of for layer, of in by_layer.items()},
         "key_frequencies": key_frequencies(forms, importance),
         "n_neurons": len(top),
+        "circle": circle,
         "importance_covered": float(importance.sum() / readings.importance.sum().clamp_min(1e-12)),
     }
     return Evidence(

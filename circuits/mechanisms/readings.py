@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.errors import BadInput, CorruptRun, UnsupportedModel
+from circuits.model import Transformer
 from circuits.tasks.base import Role, Task
 
 SMALLEST = 5
@@ -152,7 +153,7 @@ def forward_backward(
 
     names = [f"blocks.{i}.mlp.hook_post" for i in layers]
     with torch.enable_grad(), hooked(model, [(name, keeper(name)) for name in names]):
-        output = model(tokens)[:, -1]
+        output = last_logits(model, tokens, cheap=True)
         if int(answer_tokens.max()) >= output.shape[-1]:
             raise BadInput(
                 f"the model has {output.shape[-1]} output tokens but the task's answers go up to token "
@@ -181,11 +182,27 @@ def activations(model: Any, tokens: Int[Tensor, "rows pos"], names: Iterable[str
 
 
 def answer_logits(
-    model: Any, task: Task, tokens: Int[Tensor, "rows pos"], hooks: list[tuple[str, Callable[..., Any]]] | None = None
+    model: Any,
+    task: Task,
+    tokens: Int[Tensor, "rows pos"],
+    hooks: list[tuple[str, Callable[..., Any]]] | None = None,
+    *,
+    cheap: bool = False,
 ) -> Float[Tensor, "rows n_answers"]:
-    """Logits over the task's answers at the last position, with forward hooks in place."""
+    """Logits over the task's answers at the last position, with forward hooks in place.
+
+    ``cheap`` is for hooks that look at no position of the last block's MLP but the last: our own model then computes no
+    others, which is half of the work on three tokens.
+    """
     with torch.no_grad(), hooked(model, hooks or []):
-        return model(tokens)[:, -1][:, task.answer_tokens.to(tokens.device)]
+        return last_logits(model, tokens, cheap)[:, task.answer_tokens.to(tokens.device)]
+
+
+def last_logits(model: Any, tokens: Int[Tensor, "rows pos"], cheap: bool) -> Float[Tensor, "rows d_vocab_out"]:
+    """Logits at the last position."""
+    if cheap and isinstance(model, Transformer):
+        return model(tokens, last_only=True)[:, -1]
+    return model(tokens)[:, -1]
 
 
 def decisive_layers(model: Any, task: Task, readings: Readings, *, cost: float = 0.3) -> tuple[int, ...]:
@@ -209,18 +226,21 @@ def decisive_layers(model: Any, task: Task, readings: Readings, *, cost: float =
             activation[:, -1] = average
             return activation
 
-        logits = answer_logits(model, task, readings.tokens, [(f"blocks.{layer}.mlp.hook_post", ablate)])
+        logits = answer_logits(model, task, readings.tokens, [(f"blocks.{layer}.mlp.hook_post", ablate)], cheap=True)
         if float((logits.argmax(-1) == readings.labels).float().mean()) <= (1 - cost) * intact:
             found.append(layer)
     readings.remembered[key] = tuple(found) or tuple(sorted(set(readings.layers)))
     return tuple(readings.remembered[key])
 
 
-def group_index(task: Task, operands: Int[Tensor, "rows 2"]) -> tuple[Tensor, Tensor, Tensor, int] | None:
+def group_index(
+    task: Task, operands: Int[Tensor, "rows 2"], *, circle: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, int] | None:
     """Operands and answers renamed so that the answer is their sum modulo M: (a', b', kept rows, M).
 
     Subtraction negates the second operand; multiplication modulo p takes discrete logarithms (zero operands are
-    dropped, M = p - 1); plain addition and subtraction use M = number of answers, so that nothing wraps around.
+    dropped, M = p - 1); plain addition and subtraction use M = ``circle``, or the number of answers, so that nothing
+    wraps around: any longer circle is as good, and a network may have chosen one (``functional_form.circle_length``).
     Returns None where the task has no such renaming.
 
     Source: Chughtai et al. 2023 (arXiv 2302.03025), section 2, for the group view of modular tasks.
@@ -228,7 +248,7 @@ def group_index(task: Task, operands: Int[Tensor, "rows 2"]) -> tuple[Tensor, Te
     operation = getattr(task, "operation", None)
     a, b = operands[:, 0], operands[:, 1]
     kept = torch.ones_like(a, dtype=torch.bool)
-    modulus = task.period or len(task.answer_values)
+    modulus = task.period or circle or len(task.answer_values)
     if operation == "+":
         return a, b, kept, modulus
     if operation == "-":

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from circuits.mechanisms.evidence import Evidence, Verdict
 
-VERSION = "arithmetic-2"
+VERSION = "arithmetic-3"
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,22 @@ class Thresholds:
     excluded: float = 0.15
     interchange: float = 0.95
     interchange_control: float = 0.10
+    interchange_complement: float = 0.10
+    interchange_random: float = 0.75
+    spare_dimensions: float = 2
     line_interchange: float = 0.95
+    columns_line: float = 0.50
     hinge_share: float = 0.75
     indicator_share: float = 0.75
+    region_frequency_share: float = 0.10
+    range_share: float = 0.75
+    range_renamed: float = 0.10
+    range_idealised: float = 0.05
+    range_loss: float = 0.05
+    list_overrules: float = 0.75
+    list_known: float = 0.05
+    list_algorithm: float = 0.25
+    limited: float = 0.85
     slice_heuristic: float = 0.85
     block_algorithm: float = 0.05
     block_heuristic: float = 0.20
@@ -33,6 +46,8 @@ class Thresholds:
 
 
 RULE = Thresholds()
+MORE = 0.05
+"""By so much training pairs may be more often right than unseen ones, where an algorithm has limits."""
 HEURISTICS = {"rectangles": "range-lookup", "result-heuristics": "result-range-bag"}
 """The mechanism that a test of heuristics stands for."""
 
@@ -46,10 +61,11 @@ def decide(items: tuple[Evidence, ...], rule: Thresholds = RULE) -> Verdict:
     """Return the verdict that the rule gives on some evidence.
 
     In order: not learned; memorisation (training pairs right, unseen pairs wrong once mirror images are set aside);
-    an algorithm (a candidate passes all its tests, and the held-out block agrees); matching of ranges of the operands
-    or of ranges and residues of the result (each survives idealisation); heuristics (two or more signs and no
-    algorithm); otherwise mixed or undetermined. Slices are a sign of heuristics, but do not speak against an algorithm
-    that passes: a magnitude code answers small and large numbers with different neurons of the same kind.
+    an algorithm (a candidate passes all its tests, and the held-out block agrees); a mixture (a candidate's variables
+    work on one region and fail on the rest); a lookup of all pairs; matching of ranges of the operands or of ranges and
+    residues of the result (each survives idealisation); heuristics (two or more signs and no algorithm); otherwise
+    mixed or undetermined. Slices are a sign of heuristics, but do not speak against an algorithm that passes: a
+    magnitude code answers small and large numbers with different neurons of the same kind.
     """
     by = {e.test: e for e in items}
     gate = by["accuracy-gate"]
@@ -59,7 +75,7 @@ def decide(items: tuple[Evidence, ...], rule: Thresholds = RULE) -> Verdict:
     def verdict(label: str, mechanism: str | None, why: str) -> Verdict:
         return Verdict(label, mechanism, items, why, VERSION)
 
-    if train < rule.learned_train and unseen < rule.learned_train:
+    if not learned(gate, rule):
         return verdict(
             "not-learned",
             None,
@@ -81,6 +97,13 @@ def decide(items: tuple[Evidence, ...], rule: Thresholds = RULE) -> Verdict:
             "pairs",
             f"Right on {train:.0%} of the training pairs but on only {unmirrored:.0%} of unseen ones{mirror}: "
             f"what was learned is the list of training pairs. {_against(candidates)}",
+        )
+    if passing and train - MORE <= unseen < rule.generalises and unseen >= rule.limited:
+        return verdict(
+            "algorithm",
+            passing[0],
+            f"{candidates[passing[0]][1]}; it errs alike on training pairs ({train:.0%} right) and on unseen ones "
+            f"({unseen:.0%}), so that the algorithm is limited, not a list.",
         )
     if unseen < rule.generalises:
         return verdict(
@@ -110,14 +133,102 @@ def _generalising(
             passing[0],
             f"{candidates[passing[0]][1]}, but {_agreement(gap, slices)}: the algorithm does not hold everywhere.",
         )
+    part = _region(by, rule) or _overruled(by, rule)
+    if part is not None:
+        return verdict("mixed", *part)
+    if "pair-lookup" in by and by["pair-lookup"].passed:
+        return verdict("memorisation", "pairs", _pair_words(by["pair-lookup"]))
     for name, words in (("rectangles", _range_words), ("result-heuristics", _result_words)):
-        if name in by and by[name].passed:
+        if name in by and (by[name].passed or (name == "rectangles" and _many_ranges(by[name], rule))):
             return verdict("heuristics", HEURISTICS[name], words(by[name]))
     signs = _heuristic_signs(by, rule)
     if len(signs) >= 2:
         return verdict("heuristics", None, f"No candidate algorithm passes, and {' and '.join(signs)}.")
     seen = f" One sign of heuristics: {signs[0]}." if signs else ""
     return verdict("undetermined", None, f"Generalises, but no candidate explains how. {_against(candidates)}{seen}")
+
+
+def learned(gate: Evidence, rule: Thresholds = RULE) -> bool:
+    """Whether the task is learned: the training pairs, unseen ones, or all sums without a carry cascade are right."""
+    shares = [gate.number(key) for key in ("train", "random", "without_cascade")]
+    return any(share >= rule.learned_train for share in shares)
+
+
+def _region(by: dict[str, Evidence], rule: Thresholds) -> tuple[str, str] | None:
+    """The algorithm that holds on one region and not elsewhere, and the sentence that says by what."""
+    part = by.get("region-interchange")
+    if part is None or not part.passed:
+        return None
+    d, name = part.details, str(part.details["algorithm"])
+    # Neurons need not be waves over the whole square, where waves are for a part of it.
+    if part.number("complement") > rule.interchange_complement:
+        return None
+    return name, (
+        f"On {d['area']:.0%} of the operand pairs swapping the variables of the {name} algorithm changes the answer "
+        f"as predicted in {d['inside']:.0%} (random subspace {d['control']:.0%}), on the others in "
+        f"{d['outside']:.0%}, and the answers are right on both ({d['right_inside']:.0%}, {d['right_outside']:.0%}): "
+        "an algorithm on one part, something else on the rest."
+    )
+
+
+def _overruled(by: dict[str, Evidence], rule: Thresholds) -> tuple[str, str] | None:
+    """The algorithm that lies under a list of some of the pairs, and the sentence that says by what."""
+    pairs, swap, form = by.get("pair-lookup"), by.get("interchange"), by.get("functional-form")
+    if pairs is None or swap is None or form is None:
+        return None
+    known, overrules = pairs.number("known_pairs"), pairs.number("overrules")
+    if not (rule.list_known <= known <= 1 - rule.list_known and overrules >= rule.list_overrules):
+        return None
+    waves = swap.number("frequencies") if form.value >= max(rule.region_frequency_share, 2 * (form.control or 0)) else 0
+    digits = min(swap.number("low_digit_of_a", 0.0), swap.number("high_digit_of_a", 0.0))
+    works = {
+        "fourier": waves,
+        "number-line": swap.number("line"),
+        "columns": digits if swap.number("line") <= rule.columns_line * digits else 0.0,
+    }
+    name = max(works, key=lambda algorithm: works[algorithm])
+    if works[name] < rule.list_algorithm:
+        return None
+    return name, (
+        f"{known:.0%} of the operand pairs have neurons of their own, which make the answer theirs on other pairs too "
+        f"({overrules:.0%}), and swapping the variables of the {name} algorithm works in {works[name]:.0%}: a list of "
+        "some pairs over an algorithm."
+    )
+
+
+def _pair_words(pairs: Evidence) -> str:
+    return (
+        f"{pairs.details.get('n_pair_neurons')} neurons each fire on one pair of operands alone, and without those "
+        f"that know its pair {pairs.value:.0%} of the right answers are lost (neurons of another pair: "
+        f"{pairs.control or 0:.0%}): a list of pairs, of unseen ones too."
+    )
+
+
+def _swap_control(swap: Evidence, rule: Thresholds) -> bool:
+    """Whether a swap of frequencies is about the frequencies, and not about so many dimensions.
+
+    Either a random subspace of as many dimensions does not carry the operand; or, where many frequencies take up a
+    good part of the embedding and a random subspace overlaps them, the rest of the embedding does not carry it. Where
+    the embedding has hardly any dimensions besides, the swap decides nothing, and neither speaks against.
+    """
+    if swap.number("frequencies_control") <= rule.interchange_control:
+        return True
+    if swap.number("frequencies_complement") > rule.interchange_complement:
+        return False
+    spare = swap.number("embedding_rank") - swap.number("frequencies_rank")
+    return spare <= rule.spare_dimensions or swap.number("frequencies_control") <= rule.interchange_random
+
+
+def _spectrum_agrees(form: Evidence, spectrum: Evidence, rule: Thresholds) -> bool:
+    """Whether logits are of the frequencies, or are made of them by a layer that only decodes the result.
+
+    Such a layer makes one peak of a sum of waves, which has all frequencies: its logits say nothing.
+    """
+    return bool(form.details.get("decoding_layers")) or (
+        spectrum.number("explained") >= rule.explained
+        and spectrum.number("restricted") >= rule.restricted
+        and spectrum.number("excluded") <= rule.excluded
+    )
 
 
 def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bool, str]:
@@ -137,11 +248,9 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
     if name == "fourier":
         passes = (
             form.number("frequency_least") >= rule.frequency_share
-            and spectrum.number("explained") >= rule.explained
-            and spectrum.number("restricted") >= rule.restricted
-            and spectrum.number("excluded") <= rule.excluded
+            and _spectrum_agrees(form, spectrum, rule)
             and swap.number("frequencies") >= rule.interchange
-            and swap.number("frequencies_control") <= rule.interchange_control
+            and _swap_control(swap, rule)
         )
         keys = ", ".join(str(k) for k in form.details.get("key_frequencies", []))
         return passes, (
@@ -149,7 +258,8 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
             f"logits restricted to {int(spectrum.number('n_frequencies'))} frequencies are right in "
             f"{spectrum.number('restricted'):.0%} and without them in {spectrum.number('excluded'):.0%}, and swapping "
             f"these frequencies in the embedding changes the answer as predicted in {swap.number('frequencies'):.0%} "
-            f"(random subspace {swap.number('frequencies_control'):.0%})"
+            f"(random subspace {swap.number('frequencies_control'):.0%}, all the rest "
+            f"{swap.number('frequencies_complement'):.0%})"
         )
     if name == "number-line":
         passes = swap.number("line") >= rule.line_interchange and form.number("hinge_least") >= rule.hinge_share
@@ -158,11 +268,15 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
             f"{swap.number('line'):.0%}, and {form.number('hinge_least'):.0%} of neuron importance, in the "
             "layer where it is least, is in hinges"
         )
+    low, high = swap.number("low_digit_of_a"), swap.number("high_digit_of_a")
     units, tens = swap.number("units_digit_of_a"), swap.number("tens_digit_of_a")
-    passes = min(units, tens) >= rule.interchange and swap.number("line") <= rule.interchange_control
+    base = swap.number("digit_base")
+    if min(units, tens) >= rule.interchange:
+        low, high, base = units, tens, 10
+    passes = min(low, high) >= rule.interchange and swap.number("line") <= rule.columns_line
     return passes, (
-        f"swapping the units digit or the tens digit alone changes the answer as predicted in {units:.0%} and "
-        f"{tens:.0%}"
+        f"swapping the low or the high digit alone, in base {base:.0f}, changes the answer as predicted in {low:.0%} "
+        f"and {high:.0%}"
     )
 
 
@@ -200,6 +314,20 @@ def _agreement(gap: Evidence | None, slices: Evidence | None) -> str:
         undecided = " (not decisive)" if slices.passed is None else ""
         words.append(f"neurons that suffice for one slice of inputs do {slices.value:.0%} as well on others{undecided}")
     return " and ".join(words) or "no block or slices were tested"
+
+
+def _many_ranges(shapes: Evidence, rule: Thresholds) -> bool:
+    """Whether nearly all of the neurons looked at match ranges, where there are too many to remove them all.
+
+    Rectangles are fitted to the most important neurons. Where a vote has many more, those alone are not missed much.
+    """
+    idealised, ablated = shapes.number("idealised"), shapes.number("ablated")
+    return (
+        shapes.value >= rule.range_share
+        and (shapes.control or 0) <= rule.range_renamed
+        and idealised >= shapes.number("accuracy") - rule.range_idealised
+        and ablated <= shapes.number("accuracy") - rule.range_loss
+    )
 
 
 def _range_words(shapes: Evidence) -> str:

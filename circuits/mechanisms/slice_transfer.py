@@ -48,7 +48,7 @@ def right_with_neurons(
             return activation
 
         hooks.append((f"blocks.{layer}.mlp.hook_post", ablate))
-    return answer_logits(model, task, readings.tokens[rows], hooks).argmax(-1) == readings.labels[rows]
+    return answer_logits(model, task, readings.tokens[rows], hooks, cheap=True).argmax(-1) == readings.labels[rows]
 
 
 def _importance_on(readings: Readings, rows: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from circuits._stats import bootstrap_interval
 from circuits.mechanisms.evidence import Evidence
+from circuits.mechanisms.functional_form import circle_length, most_frequencies
 from circuits.mechanisms.progress_measures import progress_measures
 from circuits.mechanisms.readings import Readings, angle, group_index, read
 from circuits.tasks.base import Task
@@ -43,6 +44,35 @@ def frequency_basis(
     return torch.stack([cos, sin, cos * modulation, sin * modulation], dim=1)
 
 
+def orthonormal_basis(
+    a: Int[Tensor, " rows"], b: Int[Tensor, " rows"], frequency: int, modulus: int
+) -> Float[Tensor, "rows 4"]:
+    """Orthonormal columns with the span of ``frequency_basis``, centred."""
+    basis = frequency_basis(a, b, frequency, modulus)
+    return torch.linalg.qr(basis - basis.mean(0))[0]
+
+
+def beside(q: Float[Tensor, "rows k"], new: Float[Tensor, "rows 4"]) -> Float[Tensor, "rows m"]:
+    """Orthonormal columns that span what ``new`` adds to ``q``."""
+    for _ in range(2):  # twice is enough (Parlett): once leaves rounding where the two are close
+        new = new - q @ (q.T @ new)
+    u, s, _ = torch.linalg.svd(new, full_matrices=False)
+    return u[:, s > 1e-4]
+
+
+def split(
+    logits: Float[Tensor, "rows n_answers"],
+    inside: Float[Tensor, "rows n_answers"],
+    labels: Int[Tensor, " rows"],
+    frequencies: tuple[int, ...],
+) -> Projection:
+    """Judge the part of the logits inside some frequencies; restricted logits keep the mean (bias correction)."""
+    mean = logits.mean(0)
+    explained = float(inside.square().sum() / (logits - mean).square().sum().clamp_min(1e-30))
+    restricted = (inside + mean).argmax(-1) == labels
+    return Projection(frequencies, explained, restricted, (logits - inside).argmax(-1) == labels)
+
+
 def project(
     logits: Float[Tensor, "rows n_answers"],
     a: Int[Tensor, " rows"],
@@ -51,41 +81,35 @@ def project(
     frequencies: tuple[int, ...],
     modulus: int,
 ) -> Projection:
-    """Project logits on the chosen frequencies; restricted logits keep the mean over inputs (bias correction)."""
-    mean = logits.mean(0)
-    centred = logits - mean
-    basis = torch.cat([frequency_basis(a, b, k, modulus) for k in frequencies], dim=1)
-    q, _ = torch.linalg.qr(basis - basis.mean(0))
-    inside = q @ (q.T @ centred)
-    explained = float(inside.square().sum() / centred.square().sum().clamp_min(1e-30))
-    restricted = (inside + mean).argmax(-1) == labels
-    excluded = (logits - inside).argmax(-1) == labels
-    return Projection(frequencies, explained, restricted, excluded)
+    """Project logits on the chosen frequencies."""
+    q = torch.zeros(len(a), 0, device=logits.device)
+    for k in frequencies:
+        q = torch.cat([q, beside(q, orthonormal_basis(a, b, k, modulus))], dim=1)
+    return split(logits, q @ (q.T @ (logits - logits.mean(0))), labels, frequencies)
 
 
-def greedy_frequencies(
-    readings: Readings, a: Tensor, b: Tensor, logits: Tensor, labels: Tensor, modulus: int
-) -> Projection:
+def greedy_frequencies(logits: Tensor, a: Tensor, b: Tensor, labels: Tensor, modulus: int, *, most: int) -> Projection:
     """Add the frequency that explains most of what is left, until enough variance and accuracy are reached."""
-    centred = logits - logits.mean(0)
-    cap = max(1, modulus // 6)
-    residual = centred
+    residual = logits - logits.mean(0)
+    inside = torch.zeros_like(residual)
+    bases = torch.stack([orthonormal_basis(a, b, k, modulus) for k in range(1, modulus // 2 + 1)])
+    onto = torch.einsum("krc,ra->kca", bases, residual)
+    q = torch.zeros(len(a), 0, device=logits.device)
     chosen: list[int] = []
-    candidates = list(range(1, modulus // 2 + 1))
-    bases = {}
-    for k in candidates:
-        basis = frequency_basis(a, b, k, modulus)
-        bases[k] = torch.linalg.qr(basis - basis.mean(0))[0]
     projection = None
-    while len(chosen) < cap:
-        gains = {k: float((bases[k].T @ residual).square().sum()) for k in candidates if k not in chosen}
-        chosen.append(max(gains, key=lambda k: gains[k]))
-        projection = project(logits, a, b, labels, tuple(chosen), modulus)
+    while len(chosen) < max(1, min(most, len(bases))):
+        gains = onto.square().sum((1, 2))
+        gains[[k - 1 for k in chosen]] = -1.0
+        chosen.append(int(gains.argmax()) + 1)
+        new = beside(q, bases[chosen[-1] - 1])
+        q = torch.cat([q, new], dim=1)
+        along = new.T @ residual
+        # what the residual loses, each frequency loses of its part
+        onto = onto - torch.einsum("krc,rm,ma->kca", bases, new, along)
+        inside, residual = inside + new @ along, residual - new @ along
+        projection = split(logits, inside, labels, tuple(chosen))
         if projection.explained >= FVE_ENOUGH and float(projection.restricted.float().mean()) >= RESTRICTED_ENOUGH:
             break
-        basis = torch.cat([frequency_basis(a, b, k, modulus) for k in chosen], dim=1)
-        q = torch.linalg.qr(basis - basis.mean(0))[0]
-        residual = centred - q @ (q.T @ centred)
     assert projection is not None
     return projection
 
@@ -104,16 +128,18 @@ def spectral(model: Any, task: Task, *, seed: int = 0, readings: Readings | None
 
     Source: restricted and excluded logits: Nanda et al. 2023 (arXiv 2301.05217), section 5.2 and appendix;
     distance-modulated basis: Zhong et al. 2023 (arXiv 2306.17844).
-    Fails when: the algorithm uses more than a sixth of all frequencies, or the operation has no group structure.
+    Fails when: the algorithm uses nearly all frequencies, or the operation has no group structure.
     """
     start = time.perf_counter()
     readings = readings or read(model, task, seed=seed)
-    renamed = group_index(task, readings.operands)
+    circle = circle_length(model, task, readings, seed=seed)
+    renamed = group_index(task, readings.operands, circle=circle)
     assert renamed is not None
     a, b, kept, modulus = renamed
     a, b, labels, logits = a[kept], b[kept], readings.labels[kept], readings.logits[kept]
     logits = logits - logits.mean(1, keepdim=True)  # a shift of all answers alike decides nothing
-    found = greedy_frequencies(readings, a, b, logits, labels, modulus)
+    most = most_frequencies(model, task, readings, modulus, seed=seed)
+    found = greedy_frequencies(logits, a, b, labels, modulus, most=most)
     generator = torch.Generator().manual_seed(seed)
     others = [k for k in range(1, modulus // 2 + 1) if k not in found.frequencies]
     drawn = [others[i] for i in torch.randperm(len(others), generator=generator)[: len(found.frequencies)]]

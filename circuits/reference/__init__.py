@@ -26,6 +26,7 @@ from circuits.reference.pair_memoriser import pair_memoriser
 from circuits.reference.random_init import random_init
 from circuits.reference.range_lookup import range_lookup
 from circuits.reference.result_range_bag import result_range_bag
+from circuits.reference.trained import banded, banded_twin, interchange_trained
 from circuits.reference.wiring import Reference
 
 REFERENCES: dict[str, Callable[..., Reference]] = {
@@ -41,13 +42,22 @@ REFERENCES: dict[str, Callable[..., Reference]] = {
     "range-lookup": range_lookup,
     "result-range-bag": result_range_bag,
 }
-"""Every reference model by its name."""
+"""Every model that is built from a seed, by its name."""
+TRAINED: dict[str, Callable[..., Reference]] = {
+    "banded": banded,
+    "banded-twin": banded_twin,
+    "interchange-trained": interchange_trained,
+}
+"""Every family of networks that were trained to a mechanism and are stored, by its name."""
 
 __all__ = [
     "NUISANCES",
     "REFERENCES",
+    "TRAINED",
     "MlpNetwork",
     "Reference",
+    "banded",
+    "banded_twin",
     "build",
     "columns",
     "digit_columns",
@@ -55,6 +65,7 @@ __all__ = [
     "fourier_pizza",
     "fourier_plain",
     "hybrid",
+    "interchange_trained",
     "number_line",
     "pair_memoriser",
     "random_init",
@@ -69,7 +80,7 @@ def build(name: str, *, seed: int = 0, **sizes: object) -> Reference:
     """Return a reference model with its task and what is true of it: ``model, task, truth``.
 
     Args:
-        name: a key of ``REFERENCES``; underscores are accepted for hyphens.
+        name: a key of ``REFERENCES`` or ``TRAINED``; underscores are accepted for hyphens.
         seed: seed of the construction's random choices; the same seed gives the same weights.
         sizes: keyword arguments of the construction, such as ``p`` or ``n``.
 
@@ -78,10 +89,11 @@ def build(name: str, *, seed: int = 0, **sizes: object) -> Reference:
         BadInput: a size has a value that cannot be used.
     """
     key = name.replace("_", "-")
-    if key not in REFERENCES:
-        raise UnknownName("reference model", name, REFERENCES)
-    known = [parameter for parameter in inspect.signature(REFERENCES[key]).parameters if parameter != "seed"]
+    families = REFERENCES | TRAINED
+    if key not in families:
+        raise UnknownName("reference model", name, families)
+    known = [parameter for parameter in inspect.signature(families[key]).parameters if parameter != "seed"]
     for size in sizes:
         if size not in known:
             raise UnknownName(f"size of {key}", size, known)
-    return REFERENCES[key](seed=seed, **sizes)
+    return families[key](seed=seed, **sizes)

@@ -25,6 +25,8 @@ PAIRS = 128
 """Clean and corrupt pairs that score the edges; as many others measure how faithful the circuit is."""
 SHARES = (0, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 """Shares of the edges at which faithfulness is measured: all sizes would take longer than the training of some runs."""
+BUDGET = "quick"
+"""Tests of mechanisms that every run gets: those that the rule reads; ``circuits explain RUN`` has the others."""
 MATCHED = 0.9
 """Accuracy on pairs held out at random at which recipes are compared besides their ends: training keeps the first
 checkpoint that reaches it."""
@@ -101,10 +103,10 @@ def analyse(run: Run, folder: Path) -> Analysis:
     with storage_errors(folder):
         shutil.rmtree(folder, ignore_errors=not folder.exists())
     make_directory(folder)
-    verdict = mechanisms.explain(run.model, run.task)
+    verdict = mechanisms.explain(run.model, run.task, budget=BUDGET)
     verdict.save(folder)
     if (step := matched_step(run)) is not None:
-        mechanisms.explain(run.checkpoint(step), run.task).save(make_directory(folder / "matched"))
+        mechanisms.explain(run.checkpoint(step), run.task, budget=BUDGET).save(make_directory(folder / "matched"))
     circuit = faithful = None
     if verdict.label != "not-learned":
         circuit = discovery.attribute(run.model, run.task.pairs(PAIRS, seed=0))

@@ -15,26 +15,56 @@ from tqdm.auto import tqdm
 from circuits import mechanisms, reference
 from circuits._io import atomic_write, make_directory, read_json, write_json
 from circuits.errors import BadInput, CorruptRun, UnknownName
-from circuits.mechanisms import RULE, TESTS, VERSION
+from circuits.mechanisms import TESTS, VERSION
+from circuits.reference.trained import stored_sizes
 from circuits.study import executor
 from circuits.study.tables import verdict_columns
 
-FORMAT = 1
+FORMAT = 2
 SEEDS = 5
-SIZES: dict[str, tuple[dict[str, int], ...]] = {
+STORED = ("interchange-trained", "banded", "banded-twin")
+"""Families of trained networks, of which there is one for each size that is stored."""
+SIZES: dict[str, tuple[dict[str, Any], ...]] = {
     "fourier-clock": ({"p": 31, "frequencies": 4}, {"p": 53}, {"p": 97}),
     "fourier-pizza": ({"p": 31, "frequencies": 4}, {"p": 53}, {"p": 97}),
     "fourier-plain": ({"n": 40}, {"n": 60}, {"n": 80}),
     "number-line": ({"n": 20}, {"n": 40}, {"n": 60}),
-    "columns": ({"n": 30}, {"n": 50}, {"n": 80}),
-    "digit-columns": ({"digits": 2}, {"digits": 3}, {"digits": 4}),
-    "range-lookup": ({"n": 30, "grids": 3}, {"n": 50}, {"n": 60, "width": 12}),
+    "columns": ({"n": 30}, {"n": 50}, {"n": 80}, {"n": 60, "cascade": False}, {"n": 80, "cascade": False}),
+    "digit-columns": (
+        {"digits": 2},
+        {"digits": 3},
+        {"digits": 4},
+        {"digits": 2, "reverse": False},
+        {"digits": 3, "reverse": False},
+        {"digits": 4, "reverse": False},
+        {"digits": 2, "cascade": False},
+        {"digits": 3, "reverse": False, "cascade": False},
+        {"digits": 4, "cascade": False},
+    ),
+    "range-lookup": (
+        {"n": 30, "grids": 3},
+        {"n": 50},
+        {"n": 60, "width": 12},
+        {"n": 40, "grids": 2},
+        {"n": 50, "grids": 1},
+    ),
     "result-range-bag": ({"n": 20}, {"n": 40}, {"n": 60}),
     "pair-memoriser": ({"p": 23}, {"p": 53}, {"p": 83}),
     "hybrid": ({"p": 23, "frequencies": 4}, {"p": 31}, {"p": 43}),
     "random-init": ({"p": 31}, {"p": 53}, {"p": 97}),
+    **{family: stored_sizes(family) for family in STORED},
 }
-"""Every family of built models, and the sizes it is built in."""
+"""Every family of built models, and the sizes it is built in: three or more, but for networks that are stored."""
+FEATURES: dict[str, tuple[str, ...]] = {
+    "accuracy-gate": ("train", "unmirrored"),
+    "spectral": ("explained", "restricted", "excluded"),
+    "functional-form": ("frequency_least", "hinge_least", "indicator", "none"),
+    "interchange": ("frequencies", "frequencies_complement", "line", "low_digit_of_a", "high_digit_of_a"),
+    "region-interchange": ("inside", "outside"),
+    "rectangles": ("idealised", "ablated"),
+    "result-heuristics": ("idealised", "ablated"),
+}
+"""What likelihood ratios see beside the tests' values: the numbers that the rule looks at."""
 NUISANCES: dict[str, tuple[str, dict[str, float]]] = {
     "none": ("none", {}),
     "rotation": ("rotation", {}),
@@ -53,7 +83,7 @@ class Case:
     """One model to judge: a job for a worker process."""
 
     family: str
-    size: tuple[tuple[str, int], ...]
+    size: tuple[tuple[str, Any], ...]
     nuisance: str
     seed: int
     folder: Path
@@ -107,15 +137,21 @@ def judged(case: Case) -> dict[str, Any]:
         model = reference.transform(model, kind, seed=case.seed, **options)
     verdict = mechanisms.explain(model, task)
     gate = verdict["accuracy-gate"]
-    learned = max(gate.number("train"), gate.number("random")) >= RULE.learned_train
     return {
         "family": case.family,
         "nuisance": case.nuisance,
         "size": ", ".join(f"{name} {value}" for name, value in case.size),
         "seed": case.seed,
-        "truth": truth if learned else "not-learned",
+        "truth": truth if mechanisms.learned(gate) else "not-learned",
         "built": truth,
         **verdict_columns(verdict),
+        **{
+            f"{test}.{key}": verdict[test].number(key)
+            for test, keys in FEATURES.items()
+            if test in verdict
+            for key in keys
+        },
+        "why": verdict.why,
         "seconds": sum(item.seconds for item in verdict.items),
     }
 
@@ -135,14 +171,16 @@ class Calibration:
         """Return what the verdicts amount to, over all models that have learned their task."""
         learned = self.table["truth"] != "not-learned"
         truth, label = self.table["truth"].str.split("/").str[0], self.table["label"]
+        named = learned & (truth != "undetermined")
         rows = {
             "models": len(self.table),
             "models that have learned": int(learned.sum()),
-            "share called by label and mechanism": float((self._said() == self.table["truth"])[learned].mean()),
-            "share called by label": float((label == truth)[learned].mean()),
+            "of these, with a mechanism that has a name": int(named.sum()),
+            "share called by label and mechanism": float((self._said() == self.table["truth"])[named].mean()),
+            "share called by label": float((label == truth)[named].mean()),
             "algorithms called heuristics": int(((truth == "algorithm") & (label == "heuristics")).sum()),
             "heuristics called algorithms": int(((truth == "heuristics") & (label == "algorithm")).sum()),
-            "share undetermined": float((label == "undetermined")[learned].mean()),
+            "share undetermined": float((label == "undetermined")[named].mean()),
         }
         return pd.DataFrame({"value": pd.Series(rows)}).rename_axis("figure").reset_index()
 
@@ -165,31 +203,50 @@ class Calibration:
                 rows.append({"test": test, "family": one, "other": other, "auroc": area})
         return pd.DataFrame(rows, columns=["test", "family", "other", "auroc"])
 
-    def left_out(self) -> pd.DataFrame:
-        """Return, for each family, how often the rule is right on it, and a likelihood ratio that never saw the family.
+    def likelihood(self) -> pd.DataFrame:
+        """Return each model's label by likelihood ratio: fitted to all other families, and to all other models.
 
-        The likelihood ratio is that of independent normal distributions of the tests' values given the label, fitted
-        to the other families; absent values count as -1. It cannot give a label that no other family has.
+        The likelihood is that of independent normal distributions of the tests' values and ``FEATURES`` given the
+        label; absent values count as -1. Without its family a label that no other family has cannot be given; with
+        it, models are left out by fifths.
 
-        Source: naive Bayes, scikit-learn's ``GaussianNB``; left out by family as in ``LeaveOneGroupOut``.
+        Source: naive Bayes, scikit-learn's ``GaussianNB``; ``LeaveOneGroupOut`` and ``KFold``.
         """
-        from sklearn.naive_bayes import GaussianNB
+        from sklearn.model_selection import KFold, LeaveOneGroupOut
 
-        values = self.table[self._tests()].astype(float).fillna(-1.0).to_numpy()
+        seen = [f"{test}.{key}" for test, keys in FEATURES.items() for key in keys]
+        columns = [*self._tests(), *(name for name in seen if name in self.table.columns)]
+        values = self.table[columns].astype(float).fillna(-1.0).to_numpy()
         truth = self.table["truth"].str.split("/").str[0].to_numpy()
         family = self.table["family"].to_numpy()
+        splits: dict[str, list[Any]] = {"family left out": [], "family known": []}
+        if len(np.unique(family)) > 1:
+            splits["family left out"] = list(LeaveOneGroupOut().split(values, truth, family))
+        if len(truth) >= 5:
+            splits["family known"] = list(KFold(5, shuffle=True, random_state=0).split(values))
+        out = self.table[["family"]].copy()
+        for name, folds in splits.items():
+            out[name] = pd.Series(pd.NA, index=out.index, dtype="object")
+            for fit, judge in folds:
+                out.loc[out.index[judge], name] = _most_likely(values[fit], truth[fit], values[judge])
+        return out
+
+    def left_out(self) -> pd.DataFrame:
+        """Return, for each family, how often the label is right: by the rule, and by likelihood ratios.
+
+        The rule's thresholds were set by hand; see ``likelihood`` for the ratios.
+        """
+        truth = self.table["truth"].str.split("/").str[0]
+        said = self.likelihood()
         rows = []
         for name in SIZES:
-            out = family == name
+            out = self.table["family"] == name
             if not out.any() or out.all():
                 continue
-            seen = np.unique(truth[~out])
-            guess = np.full(int(out.sum()), seen[0])
-            if len(seen) > 1:
-                guess = GaussianNB(var_smoothing=1e-3).fit(values[~out], truth[~out]).predict(values[out])
-            rule = float((self.table["label"].to_numpy()[out] == truth[out]).mean())
-            rows.append({"family": name, "models": int(out.sum()), "rule": rule})
-            rows[-1]["likelihood ratio, family left out"] = float((guess == truth[out]).mean())
+            row = {"family": name, "models": int(out.sum()), "rule": float((self.table["label"] == truth)[out].mean())}
+            for kind in ("family left out", "family known"):
+                row[f"likelihood ratio, {kind}"] = float((said[kind] == truth)[out].mean())
+            rows.append(row)
         return pd.DataFrame(rows)
 
     @property
@@ -225,7 +282,7 @@ def calibrate(
     """Judge built models whose mechanism is known, and write the table into a directory; a second start goes on.
 
     Every family, size and seed is judged untouched; every nuisance is put on one seed of every family and size, the
-    seeds in turn. Nuisances that a family does not admit are left out.
+    seeds in turn. Of trained families one network is stored for each size, and stands for all seeds.
 
     Args:
         out: Directory for ``calibration.parquet``, ``calibration.csv`` and a file per model.
@@ -265,13 +322,23 @@ def calibrate(
     return Calibration(_written([row for case in cases if (row := case.row()) is not None], folder), folder)
 
 
+def _most_likely(values: Any, truth: Any, judged: Any) -> Any:
+    from sklearn.naive_bayes import GaussianNB
+
+    known = np.unique(truth)
+    if len(known) == 1:
+        return np.full(len(judged), known[0])
+    return GaussianNB(var_smoothing=1e-3).fit(values, truth).predict(judged)
+
+
 def _cases(family: str, seeds: int, folder: Path) -> list[Case]:
     cases = []
+    seeds = 1 if family in STORED else seeds
     for size in SIZES[family]:
         fixed = tuple(sorted(size.items()))
         cases += [Case(family, fixed, "none", seed, folder) for seed in range(seeds)]
-        admitted = [n for n in NUISANCES if n != "none" and not (family == "random-init" and n == "dead neurons")]
-        cases += [Case(family, fixed, nuisance, i % seeds, folder) for i, nuisance in enumerate(admitted)]
+        put = [nuisance for nuisance in NUISANCES if nuisance != "none"]
+        cases += [Case(family, fixed, nuisance, i % seeds, folder) for i, nuisance in enumerate(put)]
     return cases
 
 
@@ -279,6 +346,9 @@ def _written(rows: Sequence[Mapping[str, Any]], folder: Path) -> pd.DataFrame:
     import io
 
     table = pd.DataFrame(rows)
+    said = Calibration(table, folder).likelihood()
+    for kind in ("family left out", "family known"):
+        table[f"likelihood, {kind}"] = said[kind].astype("string")
     data = io.BytesIO()
     table.to_parquet(data, index=False)
     atomic_write(folder / "calibration.parquet", data.getvalue())

@@ -1,0 +1,197 @@
+"""Constructions that no family of reference models has: other circles, bases, ranges, regions, layouts and lists."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from circuits.model import Transformer
+from circuits.reference import Reference, build
+from circuits.reference.fourier_pizza import GAIN, circles
+from circuits.reference.range_lookup import cell_votes
+from circuits.reference.wiring import Mechanism, Neurons, conjunctions, one_hot, table, wire
+from circuits.tasks import Addition, ModularAddition
+
+DOUBLE = torch.float64
+
+
+def hinges_of_sum(results: int, answers: int) -> Neurons:
+    """Neurons relu(s - t), and the weights that turn them into the indicator of s modulo the number of answers."""
+    thresholds = torch.arange(-1, results, dtype=DOUBLE)
+    weights = torch.zeros(results + 1, answers, dtype=DOUBLE)
+    for s in range(results):
+        for t, weight in ((s, 1.0), (s + 1, -2.0), (s + 2, 1.0)):
+            if t <= results:
+                weights[t, s % answers] += weight
+    return Neurons(torch.ones(1, results + 1, dtype=DOUBLE), -thresholds, weights)
+
+
+def waves(frequencies: Tensor, phases: int, generator: torch.Generator) -> Neurons:
+    """The neurons of the pizza algorithm, for features cos and sin of each frequency."""
+    first = 2 * math.pi * torch.rand(len(frequencies), 1, generator=generator, dtype=DOUBLE)
+    phase = first + 2 * math.pi / phases * torch.arange(phases)
+    w_in = torch.block_diag(*torch.stack([phase.cos(), phase.sin()], dim=1))
+    w_out = torch.block_diag(*torch.stack([(2 * phase).cos(), (2 * phase).sin()], dim=2))
+    return Neurons(w_in, torch.zeros(w_in.shape[1], dtype=DOUBLE), w_out * 3 * math.pi / (2 * phases))
+
+
+def other_circle(n: int = 30, steps: int = 71, frequencies: int = 7) -> Reference:
+    """Plain addition by frequencies of a circle longer than the results need."""
+    task, generator = Addition(n=n, block=5), torch.Generator().manual_seed(0)
+    chosen = 1 + torch.randperm((steps - 1) // 2, generator=generator)[:frequencies]
+    code = circles(steps, chosen)
+    readout = GAIN / frequencies * code[: 2 * n - 1].T
+    mechanism = Mechanism(code[:n], "sum", (waves(chosen, 9, generator),), readout)
+    return Reference(wire(task, mechanism, generator=generator), task, "algorithm/fourier")
+
+
+def few_dimensions(name: str, rank: int, **sizes: int) -> Reference:
+    """A reference model whose embedding has no dimensions beside those of its code."""
+    model, task, truth = build(name, **sizes)
+    embedding = model.W_E.detach()[: task.n_operand_values]
+    mean = embedding.mean(0)
+    directions = torch.linalg.svd(embedding - mean, full_matrices=False).Vh[:rank]
+    state = dict(model.state_dict())
+    state["embed.W_E"] = state["embed.W_E"].clone()
+    state["embed.W_E"][: len(embedding)] = mean + (embedding - mean) @ directions.T @ directions
+    poorer = Transformer(model.config)
+    poorer.load_state_dict(state)
+    return Reference(poorer.eval(), task, truth)
+
+
+def decoded_waves(p: int = 23, frequencies: int = 4) -> Reference:
+    """Frequencies, and a second layer with one neuron for each result."""
+    task, generator = ModularAddition(p=p), torch.Generator().manual_seed(1)
+    chosen = 1 + torch.randperm((p - 1) // 2, generator=generator)[:frequencies]
+    code = circles(p, chosen)
+    decoder = Neurons(code.T / frequencies, torch.full((p,), -0.3, dtype=DOUBLE), torch.eye(p, dtype=DOUBLE))
+    mechanism = Mechanism(code, "sum", (waves(chosen, 7, generator), decoder), GAIN * torch.eye(p, dtype=DOUBLE))
+    return Reference(wire(task, mechanism, generator=generator), task, "algorithm/fourier")
+
+
+def wrapped_line(p: int = 29) -> Reference:
+    """Modular addition on a number line of 2 p - 1 places, folded at the readout."""
+    task = ModularAddition(p=p)
+    code = torch.arange(p, dtype=DOUBLE)[:, None]
+    mechanism = Mechanism(code, "sum", (hinges_of_sum(2 * p - 1, p),), 10 * torch.eye(p, dtype=DOUBLE))
+    model = wire(task, mechanism, generator=torch.Generator().manual_seed(0))
+    return Reference(model, task, "algorithm/number-line")
+
+
+def other_base(base: int = 8, n: int = 40) -> Reference:
+    """Columns in a base that is not ten."""
+    task, x, high = Addition(n=n, block=6), torch.arange(n), (n + base - 1) // base
+    code = torch.cat([one_hot(x % base, base), one_hot(x // base, high)], dim=1)
+    low_sum = torch.cat([torch.arange(base), torch.zeros(high)]).double()[:, None]
+    high_sum = torch.cat([torch.zeros(base), torch.arange(high)]).double()[:, None]
+    v, carry = torch.arange(-1, 2 * base).double(), torch.tensor([base - 1.0, base], dtype=DOUBLE)
+    w_in = torch.cat([low_sum.expand(-1, len(v)), high_sum, low_sum.expand(-1, 2)], dim=1)
+    indicators = torch.zeros(len(v), base, dtype=DOUBLE)
+    for s in range(2 * base - 1):
+        for hinge, weight in ((s - 1, 1.0), (s, -2.0), (s + 1, 1.0)):
+            indicators[hinge + 1, s % base] += weight
+    step = torch.tensor([[1.0], [-1.0]], dtype=DOUBLE)
+    w_out = torch.block_diag(indicators, torch.ones(1, 1, dtype=DOUBLE), step)
+    d = (task.answer_values // base).double()
+    readout = torch.cat([10 * one_hot(task.answer_values % base, base).T, 10 * d.expand(2, -1)])
+    mlp = Neurons(w_in, torch.cat([-v, torch.zeros(1), -carry]), w_out)
+    mechanism = Mechanism(code, "sum", (mlp,), readout, bias=-5 * d.square())
+    return Reference(wire(task, mechanism, generator=torch.Generator().manual_seed(0)), task, "algorithm/columns")
+
+
+def uneven_ranges(n: int = 30, grids: int = 4, seed: int = 0) -> Reference:
+    """A vote of operand ranges with borders drawn at random."""
+    task, generator, results = Addition(n=n, block=5), torch.Generator().manual_seed(seed), 2 * n - 1
+    features, left, right, votes, doubt = [], [], [], [], 0.0
+    for _ in range(grids):
+        borders = torch.sort(1 + torch.randperm(n - 1, generator=generator)[: max(3, n // 8)]).values
+        index = torch.bucketize(torch.arange(n), borders, right=True)
+        features.append(one_hot(index, len(borders) + 1))
+        cells, cast, difference = cell_votes(index, table(task).sum(1), results)
+        left.append(one_hot(cells[:, 0], len(borders) + 1).bool())
+        right.append(one_hot(cells[:, 1], len(borders) + 1).bool())
+        votes.append(cast)
+        doubt += difference
+    units = torch.cartesian_prod(torch.arange(10), torch.arange(10))
+    features.append(one_hot(torch.arange(n) % 10, 10))
+    left.append(one_hot(units[:, 0], 10).bool())
+    right.append(one_hot(units[:, 1], 10).bool())
+    votes.append((doubt + 1) * (torch.arange(results) % 10 == units.sum(1, keepdim=True) % 10).double())
+    w_in, b_in = conjunctions(torch.block_diag(*left).bool(), torch.block_diag(*right).bool())
+    mlp = Neurons(w_in, b_in, torch.cat(votes))
+    mechanism = Mechanism(torch.cat(features, dim=1), "apart", (mlp,), torch.eye(results, dtype=DOUBLE))
+    return Reference(wire(task, mechanism, generator=generator), task, "heuristics/range-lookup")
+
+
+def listed_pairs(task: Addition | ModularAddition, pairs: Tensor) -> Neurons:
+    """A neuron for each of some pairs, on one-hot codes of both operands, that votes for its result."""
+    n = task.n_operand_values
+    w_in, b_in = conjunctions(one_hot(pairs[:, 0], n).bool(), one_hot(pairs[:, 1], n).bool())
+    answers = torch.searchsorted(task.answer_values, task.answer(pairs))
+    return Neurons(w_in, b_in, one_hot(answers, len(task.answer_values)))
+
+
+def whole_table(p: int = 19) -> Reference:
+    """A list of all pairs, right on unseen ones too."""
+    task = ModularAddition(p=p)
+    one = torch.eye(p, dtype=DOUBLE)
+    mechanism = Mechanism(one, "apart", (listed_pairs(task, table(task)),), 20 * one)
+    return Reference(wire(task, mechanism, generator=torch.Generator().manual_seed(0)), task, "memorisation/pairs")
+
+
+def waves_where(inside: Callable[[Tensor, Tensor], Tensor], p: int = 31, frequencies: int = 6) -> Reference:
+    """Frequencies where ``inside`` says so, and a list of pairs elsewhere, which overrules them."""
+    task, generator = ModularAddition(p=p), torch.Generator().manual_seed(0)
+    chosen = 1 + torch.randperm((p - 1) // 2, generator=generator)[:frequencies]
+    code, wave = circles(p, chosen), waves(chosen, 7, generator)
+    pairs = table(task)
+    rote = listed_pairs(task, pairs[~inside(pairs[:, 0], pairs[:, 1])])
+    width, wide = code.shape[1], wave.w_in.shape[1]
+    w_in = torch.zeros(2 * (width + p), wide + rote.w_in.shape[1], dtype=DOUBLE)
+    for operand in range(2):
+        begin = operand * (width + p)
+        w_in[begin : begin + width, :wide] = wave.w_in
+        w_in[begin + width : begin + width + p, wide:] = rote.w_in[operand * p : (operand + 1) * p]
+    mlp = Neurons(w_in, torch.cat([wave.b_in, rote.b_in]), torch.block_diag(wave.w_out, 3 * GAIN * rote.w_out))
+    readout = torch.cat([GAIN / frequencies * code.T, torch.eye(p, dtype=DOUBLE)])
+    mechanism = Mechanism(torch.cat([code, torch.eye(p, dtype=DOUBLE)], dim=1), "apart", (mlp,), readout)
+    return Reference(wire(task, mechanism, generator=generator), task, "mixed/fourier")
+
+
+def line_below(cut: int = 15, n: int = 22) -> Reference:
+    """A number line where both operands are small, and a list of pairs elsewhere."""
+    task, x = Addition(n=n, block=4), torch.arange(n)
+    line, pairs = hinges_of_sum(2 * n - 1, 2 * n - 1), table(task)
+    rote = listed_pairs(task, pairs[(pairs >= cut).any(1)])
+    hinges = line.w_in.shape[1]
+    w_in = torch.zeros(2 * (1 + n), hinges + rote.w_in.shape[1], dtype=DOUBLE)
+    for operand in range(2):
+        w_in[operand * (1 + n), :hinges] = 1
+        w_in[operand * (1 + n) + 1 : (operand + 1) * (1 + n), hinges:] = rote.w_in[operand * n : (operand + 1) * n]
+    mlp = Neurons(w_in, torch.cat([line.b_in, rote.b_in]), torch.block_diag(line.w_out, 3 * rote.w_out))
+    readout = 10 * torch.eye(2 * n - 1, dtype=DOUBLE).repeat(2, 1)
+    code = torch.cat([x.double()[:, None], torch.eye(n, dtype=DOUBLE)], dim=1)
+    mechanism = Mechanism(code, "apart", (mlp,), readout)
+    return Reference(wire(task, mechanism, generator=torch.Generator().manual_seed(0)), task, "mixed/number-line")
+
+
+CONSTRUCTIONS: dict[str, Callable[[], Reference]] = {
+    "one frequency": lambda: build("fourier-pizza", p=37, frequencies=1, phases=11),
+    "a third of all frequencies": lambda: build("fourier-pizza", p=37, frequencies=6, phases=11),
+    "frequencies of another circle": other_circle,
+    "frequencies and no other dimensions": lambda: few_dimensions("fourier-pizza", 8, p=31, frequencies=4),
+    "frequencies, then decoders": decoded_waves,
+    "a line and no other dimensions": lambda: few_dimensions("number-line", 1, n=25),
+    "a line that wraps": wrapped_line,
+    "columns to base 8": other_base,
+    "columns without cascade": lambda: build("columns", n=60, cascade=False),
+    "uneven ranges": uneven_ranges,
+    "a list of all pairs": whole_table,
+    "frequencies for small a": lambda: waves_where(lambda a, b: a < 20),
+    "frequencies for small sums": lambda: waves_where(lambda a, b: a + b < 31),
+    "frequencies for odd b": lambda: waves_where(lambda a, b: b % 2 == 1),
+    "a line for small operands": line_below,
+}

@@ -201,7 +201,7 @@ def answer_logits(
 def last_logits(model: Any, tokens: Int[Tensor, "rows pos"], cheap: bool) -> Float[Tensor, "rows d_vocab_out"]:
     """Logits at the last position."""
     if cheap and isinstance(model, Transformer):
-        return model(tokens, last_only=True)[:, -1]
+        return model(tokens, last=1)[:, -1]
     return model(tokens)[:, -1]
 
 

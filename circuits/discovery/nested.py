@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.discovery.batches import BUDGET, Setting, patchings, setting_of
+from circuits.discovery.batches import Setting, patchings_of, setting_of
+from circuits.discovery.memory import BUDGET
 from circuits.discovery.metrics import Metric
 from circuits.discovery.patching import Patching
 from circuits.discovery.removal import Kept, PartialRun
@@ -116,7 +117,7 @@ def nested_metric(
         size = _pairs_at_a_time(setting)
         out = torch.empty(len(keep), len(pairs), device=setting.pairs.clean.device)
         with tqdm(total=len(keep) * len(pairs), desc="circuits", unit="pair", disable=not progress) as bar:
-            for rows, patching in patchings(setting, batch_size=size):
+            for rows, patching in patchings_of(setting, size):
                 run = NestedRun(patching)
                 kept = graph.dense(torch.ones(graph.n_edges, dtype=torch.bool)).numpy()
                 for k in range(len(keep)):

@@ -135,7 +135,7 @@ def published(folder: Any) -> Transformer:
 
 def test_the_published_network_has_columns_without_the_cascade(reference_data: Any) -> None:
     model, task = published(reference_data), tasks.get("digit-addition", digits=5)
-    verdict = mechanisms.explain(model, task)
+    verdict = mechanisms.explain(model, task, budget="quick")
     assert (verdict.label, verdict.mechanism) == ("algorithm", "columns"), verdict.why
     assert "columns without the cascade" in verdict.why
     d = verdict["carry-cascade"].details

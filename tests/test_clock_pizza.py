@@ -359,9 +359,10 @@ def test_a_network_without_attention_is_its_formula_and_can_be_explained(joined:
     assert mechanisms.explain(network, SHORT).label == "not-learned"
     for evidence in measured(network, SHORT).values():
         assert evidence.value == evidence.value
-    assert mechanisms.gradient_symmetricity(network, SHORT).value == pytest.approx(1) or joined != "sum"
+    assert mechanisms.gradient_symmetricity(network, SHORT).value > 0.95 or joined != "sum"
 
 
+@pytest.mark.untyped
 def test_networks_whose_sizes_do_not_fit_are_refused() -> None:
     with pytest.raises(BadInput, match=r"expected \(12, 8\)"):
         MlpNetwork(torch.zeros(5, 6), [(torch.zeros(6, 8), torch.zeros(8))], torch.zeros(8, 5), joined="concatenated")

@@ -31,7 +31,7 @@ def test_its_heads_pass_and_it_is_called_by_its_name() -> None:
     assert evidence.passed and evidence.value == 1.0 and evidence.control == 0.0
     assert evidence.details["carry_into_column_2_heads"] == ["L0H1"]
     assert evidence.details["base_sum_of_column_2_heads"] == ["L0H0"]
-    verdict = mechanisms.explain(model, task)
+    verdict = mechanisms.explain(model, task, budget="quick")
     assert (verdict.label, verdict.mechanism) == ("algorithm", "columns")
 
 
@@ -43,7 +43,7 @@ def test_every_way_to_carry_is_called_columns(digits: int, reverse: bool, cascad
     batch = task.examples("random", limit=600)
     right = greedy_right(model, task, batch)
     assert torch.equal(right, (task.cascade_length(batch.operands) == 0) | torch.tensor(cascade))
-    verdict = mechanisms.explain(model, task)
+    verdict = mechanisms.explain(model, task, budget="quick")
     assert (verdict.label, verdict.mechanism) == ("algorithm", "columns"), verdict.why
 
 
@@ -70,7 +70,7 @@ def test_one_digit_has_no_inner_column() -> None:
     model, task, _ = BUILT[1]
     evidence = mechanisms.column_interchange(model, task)
     assert evidence.passed is None and evidence.value != evidence.value
-    assert mechanisms.explain(model, task).label == "undetermined"
+    assert mechanisms.explain(model, task, budget="quick").label == "undetermined"
 
 
 def test_an_untrained_network_has_no_columns() -> None:

@@ -25,7 +25,7 @@ def _hooks(model):
 )
 def test_planted_mechanism_is_named(name, label, mechanism):
     model, task, _ = reference.build(name, seed=0)
-    verdict = mechanisms.explain(model, task)
+    verdict = mechanisms.explain(model, task, budget="quick")
     assert (verdict.label, verdict.mechanism) == (label, mechanism), verdict.why
     assert _hooks(model) == 0
 
@@ -37,7 +37,7 @@ def test_published_modular_addition_weights_are_fourier(reference_data):
     task = tasks.get("modular-addition", p=113, train_fraction=0.3)
     readings = mechanisms.read(model, task)
     assert float(readings.right.float().mean()) == pytest.approx(0.9994517973, abs=1e-6)
-    verdict = mechanisms.explain(model, task)
+    verdict = mechanisms.explain(model, task, budget="quick")
     assert (verdict.label, verdict.mechanism) == ("algorithm", "fourier")
     assert verdict["functional-form"].details["key_frequencies"] == [6, 23, 39]
     assert verdict["spectral"].number("excluded") < 0.05
@@ -83,7 +83,7 @@ def test_untrained_digit_model_has_no_columns():
     task = tasks.get("digit-addition", digits=2)
     model = Transformer(ModelConfig(d_vocab=task.d_vocab, n_ctx=task.n_ctx, d_model=16, n_layers=2), seed=0)
     assert mechanisms.column_interchange(model, task).passed is False
-    assert mechanisms.explain(model, task).label == "not-learned"
+    assert mechanisms.explain(model, task, budget="quick").label == "not-learned"
 
 
 def test_readings_importance_is_gradient_times_deviation():
@@ -129,7 +129,7 @@ def test_damaged_weights_get_no_verdict(name):
     with torch.no_grad():
         model.unembed.W_U[0, 0] = float("nan")
     with pytest.raises(CorruptRun, match=r"unembed\.W_U is not finite"):
-        mechanisms.explain(model, task)
+        mechanisms.explain(model, task, budget="quick")
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("modular-addition", {"p": 2}), ("addition", {"n": 2, "block": 0})])

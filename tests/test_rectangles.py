@@ -47,7 +47,7 @@ def test_a_crisp_picture_whose_ripple_is_the_code_is_a_fake() -> None:
     assert evidence.details["ablated"] < 0.1, "and it needs these neurons"
     assert evidence.details["idealised"] < 0.15, "each cell says its mean"
     assert evidence.passed is False
-    verdict = mechanisms.explain(model, task)
+    verdict = mechanisms.explain(model, task, budget="quick")
     assert verdict.mechanism != "range-lookup"
 
 

@@ -40,7 +40,7 @@ def test_profiles_are_means_by_result() -> None:
 @pytest.mark.parametrize("n", [20, 40])
 def test_the_bag_is_called_by_its_name(n: int) -> None:
     model, task, truth = reference.build("result-range-bag", n=n, seed=2)
-    verdict = mechanisms.explain(model, task)
+    verdict = mechanisms.explain(model, task, budget="quick")
     assert f"{verdict.label}/{verdict.mechanism}" == truth
     evidence = verdict["result-heuristics"]
     assert evidence.details["layer"] == 1 and evidence.control is not None and evidence.control <= 0.1
@@ -64,14 +64,14 @@ def test_other_codes_are_no_bag(name: str, sizes: dict[str, int]) -> None:
 @pytest.mark.parametrize(("name", "sizes"), [("fourier-plain", {"n": 50}), ("fourier-plain", {"n": 80})])
 def test_frequencies_without_a_modulus_are_right_everywhere(name: str, sizes: dict[str, int]) -> None:
     model, task, truth = reference.build(name, seed=2, **sizes)
-    verdict = mechanisms.explain(model, task)
+    verdict = mechanisms.explain(model, task, budget="quick")
     assert f"{verdict.label}/{verdict.mechanism}" == truth
     assert verdict["accuracy-gate"].number("block") == 1.0
 
 
 def test_a_hybrid_is_right_everywhere_and_mixed() -> None:
     model, task, _ = reference.build("hybrid", seed=0, p=31)
-    verdict = mechanisms.explain(model, task)
+    verdict = mechanisms.explain(model, task, budget="quick")
     assert verdict["accuracy-gate"].value == 1.0
     assert (verdict.label, verdict.mechanism) == ("mixed", "fourier"), verdict.why
     region = verdict["region-interchange"]

@@ -15,7 +15,7 @@ from circuits.mechanisms.carry_cascade import carry_cascade
 from circuits.mechanisms.circles import circularity, isolated_circles
 from circuits.mechanisms.clock_pizza import clock_or_pizza
 from circuits.mechanisms.columns import column_interchange
-from circuits.mechanisms.das import das
+from circuits.mechanisms.das import das, das_available
 from circuits.mechanisms.description_length import description_length
 from circuits.mechanisms.distance_irrelevance import distance_irrelevance
 from circuits.mechanisms.equivariance import equivariance
@@ -155,6 +155,7 @@ def applicable(task: Task, *, budget: str = "full") -> tuple[str, ...]:
         raise UnknownName("budget", budget, BUDGETS)
     if has_one_answer_token(task):
         more = (*(MODULAR if task.period else ()), *DESCRIBING) if budget == "full" else ()
+        more = tuple(name for name in more if name != "das" or das_available())
         return ("accuracy-gate", "block-gap", *DECIDING, *more)
     if any(change.startswith("carry into column") for change in getattr(task, "pair_changes", ())):
         return ("accuracy-gate", "block-gap", "column-interchange", "carry-cascade")

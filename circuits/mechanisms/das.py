@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from circuits._stats import wilson_interval
-from circuits.errors import BadInput, UnsupportedModel
+from circuits.errors import UnsupportedModel
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.interchange import Swap, draw_swaps
 from circuits.mechanisms.readings import Readings, device_of, read
@@ -46,6 +46,15 @@ def _library() -> Any:
             "since 4.3: install transformer-lens>=4.3, or use the tests interchange and variable-interchange"
         ) from error
     return interchange
+
+
+def das_available() -> bool:
+    """Whether the installed TransformerLens has distributed alignment search."""
+    try:
+        _library()
+    except UnsupportedModel:
+        return False
+    return True
 
 
 def reinitialised(model: Any, *, seed: int) -> Any:
@@ -104,7 +113,7 @@ class _Search:
     judged: Pairing
     seed: int
 
-    def accuracy(self, model: Any, train: Tensor, judged: Tensor) -> Float[Tensor, " judged"]:
+    def accuracy(self, model: Any, train: Tensor, judged: Tensor) -> Bool[Tensor, " judged"]:
         """Which unseen pairs give the answer asked for, through the subspace that is learned on the others."""
         answers = self.task.answer_tokens.to(device_of(model))
 
@@ -183,12 +192,12 @@ def das(model: Any, task: Task, *, seed: int = 0, readings: Readings | None = No
 
     Raises:
         UnsupportedModel: this TransformerLens has no DAS.
-        BadInput: the model is in training mode, or the task has no one answer token.
+        BadInput: the task has no one answer token.
     """
     start = time.perf_counter()
     _library()
-    if model.training:
-        raise BadInput("the model is in training mode: call model.eval() first")
+    if getattr(model, "training", False):
+        model = copy.deepcopy(model).eval()
     readings = readings or read(model, task, seed=seed)
     untrained = reinitialised(model, seed=seed)
     by_means = dict(zip(*_named(swapped(model, task, readings, seed=seed)), strict=True))
@@ -223,7 +232,7 @@ def das(model: Any, task: Task, *, seed: int = 0, readings: Readings | None = No
 
 
 def _named(
-    of: tuple[list[Candidate], list[tuple[Bool[Tensor, " counted"], float]]],
+    of: tuple[list[Candidate], list[tuple[Bool[Tensor, " _"], float]]],
 ) -> tuple[list[str], list[float]]:
     found, results = of
     return [c.key for c in found], [float(r.float().mean()) if len(r) else 0.0 for r, _ in results]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from circuits.mechanisms.evidence import Evidence, Verdict
 
-VERSION = "arithmetic-3"
+VERSION = "arithmetic-4"
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _generalising(
     verdict: Callable[[str, str | None, str], Verdict],
 ) -> Verdict:
     gap, slices = by.get("block-gap"), by.get("slice-transfer")
-    small_gap = gap is None or not gap.value > rule.block_algorithm
+    small_gap = gap is None or not gap.value > rule.block_algorithm or _only_cascades_fail(by, rule)
     if passing and small_gap:
         name = passing[0]
         return verdict("algorithm", name, f"{candidates[name][1]}; {_agreement(gap, slices)}.")
@@ -152,6 +152,14 @@ def learned(gate: Evidence, rule: Thresholds = RULE) -> bool:
     """Whether the task is learned: the training pairs, unseen ones, or all sums without a carry cascade are right."""
     shares = [gate.number(key) for key in ("train", "random", "without_cascade")]
     return any(share >= rule.learned_train for share in shares)
+
+
+def _only_cascades_fail(by: dict[str, Evidence], rule: Thresholds) -> bool:
+    """Whether errors are the carry cascades of columns without them, of which a block of operands can have many."""
+    columns = by.get("carry-cascade")
+    if columns is None or not columns.passed or columns.details.get("cascade") != "missing":
+        return False
+    return by["accuracy-gate"].number("without_cascade", 0.0) >= rule.generalises
 
 
 def _region(by: dict[str, Evidence], rule: Thresholds) -> tuple[str, str] | None:

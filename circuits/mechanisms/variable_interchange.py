@@ -243,7 +243,7 @@ def variable_interchange(model: Any, task: Task, *, seed: int = 0, readings: Rea
 
 def swapped(
     model: Any, task: Task, readings: Readings, *, seed: int
-) -> tuple[list[Candidate], list[tuple[Bool[Tensor, " counted"], float]]]:
+) -> tuple[list[Candidate], list[tuple[Bool[Tensor, " _"], float]]]:
     """Return all candidates, and of each which predictions hold and the random subspace's accuracy; worked out once."""
     key = f"variable interchange {seed}"
     if key not in readings.remembered:

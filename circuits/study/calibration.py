@@ -135,7 +135,7 @@ def judged(case: Case) -> dict[str, Any]:
         model, task = reference.renamed_tokens(model, task, seed=case.seed)
     elif kind != "none":
         model = reference.transform(model, kind, seed=case.seed, **options)
-    verdict = mechanisms.explain(model, task)
+    verdict = mechanisms.explain(model, task, budget="quick")
     gate = verdict["accuracy-gate"]
     return {
         "family": case.family,

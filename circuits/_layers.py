@@ -168,7 +168,7 @@ class Attention(nn.Module):
         heads, d_model, d_head = config.n_heads, config.d_model, config.d_head
         assert d_head is not None  # resolved by ModelConfig
         self.share, self.uniform_weight = config.softmax_share, config.uniform_weight
-        self.scale = 1 / math.sqrt(d_head)
+        self.scale, self.heads = 1 / math.sqrt(d_head), heads
         for name in "QKV":
             self.register_parameter(f"W_{name}", nn.Parameter(torch.empty(heads, d_model, d_head)))
             bias = nn.Parameter(torch.zeros(heads, d_head)) if config.attn_bias else None
@@ -220,7 +220,7 @@ class Attention(nn.Module):
         if self.share < 1:
             uniform = (1 - self.share) * self._uniform(x)[queries]
             if pattern is None:
-                pattern = uniform.repeat(x.shape[0], self.W_V.shape[0], 1, 1)
+                pattern = uniform.repeat(x.shape[0], self.heads, 1, 1)
             else:
                 pattern = self.share * pattern + uniform
         assert pattern is not None

@@ -52,7 +52,7 @@ def family(name: str, task: Task, bench: Bench, operands: Int[Tensor, "all 2"]) 
         return Family(name, (1,), (levels,), (bits + coefficient,), kind)
     make = COLUMNS[name]
     columns, block = make(task, operands[rows]), 8 if name == "frequencies" else 1
-    terms = TERMS[:2] if name == "frequencies" else TERMS
+    terms: tuple[int, ...] = TERMS[:2] if name == "frequencies" else TERMS
     fit = torch.arange(len(rows), device=rows.device) < len(bench.fit)
     predicted, chosen = matching_pursuit(columns, bench.neurons[rows], fit, block=block, terms=terms[-1])
     terms = tuple(t for t in terms if t <= len(predicted))

@@ -328,7 +328,8 @@ def _shares_by_layer(
     forms: Forms, importance: Tensor, layer: Tensor, decisive: tuple[int, ...], decoding: Bool[Tensor, " n"]
 ) -> dict[int, dict[str, float]]:
     """Share of importance by family within each decisive layer, but for layers that only decode the result."""
-    out, last = {}, {}
+    out: dict[int, dict[str, float]] = {}
+    last: dict[str, float] = {}
     for i in decisive:
         mine = layer == i
         shares = forms.of(mine).shares(importance[mine])

@@ -207,7 +207,9 @@ def _judged(
     region = find_region(tried[0][0], tried[0][1], n, seed=seed)
     if region is None:
         return nothing
-    inside, outside, control, rest = [], [], [], []
+    inside, outside = [], []
+    control: list[float] = []
+    rest: list[float] = []
     for variable, parts in zip(variables, tried, strict=True):
         judged = parts[2]
         within = region.contains(judged.base) & region.contains(judged.moved)

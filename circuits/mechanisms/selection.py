@@ -95,7 +95,9 @@ def matching_pursuit(
     own = gram[columns[:, :, None], columns[:, None, :]] + ridge[:block, :block]
     inverse = torch.linalg.inv(own)
     each = torch.arange(targets.shape[1], device=x.device)
-    left, chosen, predicted = cross, [], []
+    chosen: list[Tensor] = []
+    predicted: list[Tensor] = []
+    left = cross
     for term in range(1, min(terms, len(columns)) + 1):
         part = left[columns]
         gain = (part * (inverse @ part)).sum(1)

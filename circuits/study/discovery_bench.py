@@ -116,7 +116,8 @@ class DiscoveryBench:
                 counts = {"better": int((by > AHEAD).sum()), "worse": int((by < -AHEAD).sum())}
                 ahead = by[by > AHEAD].sort_values(ascending=False, kind="stable")
                 named = ", ".join(
-                    f"{str(circuit).removeprefix(f'{kind}-')} {value:.2f}" for (_, circuit), value in ahead.items()
+                    f"{str(circuit).removeprefix(f'{kind}-')} {value:.2f}"
+                    for circuit, value in zip(ahead.index.get_level_values(1), ahead, strict=True)
                 )
                 rows.append({"kind": kind, "method": method, "circuits": len(by), f"{reference} ahead by": by.mean()})
                 rows[-1] |= {"low": low, "high": high, **counts, "better on": named}

@@ -329,7 +329,7 @@ def _shares_by_layer(
 ) -> dict[int, dict[str, float]]:
     """Share of importance by family within each decisive layer, but for layers that only decode the result."""
     out: dict[int, dict[str, float]] = {}
-    last: dict[str, float] = {}
+    last: dict[int, dict[str, float]] = {}
     for i in decisive:
         mine = layer == i
         shares = forms.of(mine).shares(importance[mine])

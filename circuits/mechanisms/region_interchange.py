@@ -176,6 +176,10 @@ def region_interchange(model: Any, task: Task, *, seed: int = 0, readings: Readi
     )
 
 
+_COUNTS = ("hold", "counted", "n_inside", "n_outside")
+_SHARES = ("inside", "outside", "control", "area", "right_inside", "right_outside", "complement")
+
+
 def _judged(
     model: Any,
     task: Task,
@@ -187,16 +191,7 @@ def _judged(
     seed: int,
 ) -> dict[str, Any]:
     """Find the region of the algorithm's first variable that has one, and judge all its variables there."""
-    nothing = {
-        "algorithm": algorithm,
-        "inside": 0.0,
-        "outside": 0.0,
-        "control": 0.0,
-        "area": 0.0,
-        "hold": 0,
-        "counted": 0,
-    }
-    nothing |= {"n_inside": 0, "n_outside": 0, "right_inside": 0.0, "right_outside": 0.0, "complement": 0.0}
+    nothing: dict[str, Any] = {"algorithm": algorithm} | dict.fromkeys(_COUNTS, 0) | dict.fromkeys(_SHARES, 0.0)
     n = task.n_operand_values
     first = [try_swaps(model, task, thirds[0], v) for v in variables]
     rates = [float(t.holds.float().mean()) for t in first if len(t.holds)]
@@ -208,8 +203,8 @@ def _judged(
     if region is None:
         return nothing
     inside, outside = [], []
-    control: list[float] = []
-    rest: list[float] = []
+    control: list[Tensor] = []
+    rest: list[Tensor] = []
     for variable, parts in zip(variables, tried, strict=True):
         judged = parts[2]
         within = region.contains(judged.base) & region.contains(judged.moved)

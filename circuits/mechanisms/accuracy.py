@@ -11,7 +11,7 @@ from torch import Tensor
 
 from circuits._stats import wilson_interval
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.readings import MAX_ROWS, device_of
+from circuits.mechanisms.readings import MAX_ROWS, device_of, has_one_answer_token
 from circuits.tasks.base import SPLITS, Batch, Role, Task
 
 
@@ -40,7 +40,12 @@ def mirror_trained(task: Task, operands: Int[Tensor, "rows 2"]) -> Bool[Tensor, 
     return trained[operands[:, 1] * n + operands[:, 0]]
 
 
-def accuracy_gate(model: Any, task: Task, *, seed: int = 0, limit: int = 2048) -> Evidence:
+def judged(task: Task) -> int:
+    """How many pairs of a split are judged where nothing else is asked for: half as many where answers are decoded."""
+    return 2048 if has_one_answer_token(task) else 1024
+
+
+def accuracy_gate(model: Any, task: Task, *, seed: int = 0, limit: int | None = None) -> Evidence:
     """Accuracy on unseen random pairs, with train and block accuracy and the share that symmetry alone explains.
 
     A network that reads its operands through symmetric weights knows (b, a) once it was trained on (a, b). Held-out
@@ -52,6 +57,7 @@ def accuracy_gate(model: Any, task: Task, *, seed: int = 0, limit: int = 2048) -
     Fails when: the held-out split is empty; mirror images are only set aside where the whole table can be enumerated.
     """
     start = time.perf_counter()
+    limit = limit or judged(task)
     details: dict[str, Any] = {}
     right: dict[str, Tensor] = {}
     operands: dict[str, Tensor] = {}
@@ -93,7 +99,7 @@ def accuracy_gate(model: Any, task: Task, *, seed: int = 0, limit: int = 2048) -
     )
 
 
-def block_gap(model: Any, task: Task, *, seed: int = 0, limit: int = 2048) -> Evidence:
+def block_gap(model: Any, task: Task, *, seed: int = 0, limit: int | None = None) -> Evidence:
     """Accuracy on random unseen pairs minus accuracy on a contiguous block of operand pairs never trained on.
 
     Whoever computes the answer loses nothing inside the block; whoever interpolates between neighbouring training
@@ -104,6 +110,7 @@ def block_gap(model: Any, task: Task, *, seed: int = 0, limit: int = 2048) -> Ev
     Fails when: the block is so small that its interval spans the threshold (``passed`` is then None).
     """
     start = time.perf_counter()
+    limit = limit or judged(task)
     result: dict[str, tuple[int, int]] = {}
     halves = (0.0, 0.0)
     for split in ("random", "block"):

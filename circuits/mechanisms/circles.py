@@ -75,8 +75,8 @@ def components_of(model: Any, task: Task, embedding: Float[Tensor, "n d"]) -> Co
 def circularity(model: Any, task: Task, *, seed: int = 0, readings: Readings | None = None) -> Evidence:
     """Mean share of one frequency in each of the first four principal components of the operands' embedding.
 
-    A component x_0, ..., x_(p-1) over the operand values has power 2 |sum_t x_t e^(2 pi i k t / p)|^2 / p at frequency
-    k, as a share of its square sum; the value is the mean over four components of the largest share. Clocks and pizzas
+    A component x_0, ..., x_(p-1) over the operand values has power
+    ``2 |sum_t x_t e^(2 pi i k t / p)|^2 / p`` at frequency k, as a share of its square sum; the value is the mean over four components of the largest share. Clocks and pizzas
     both have circles (0.99 and more in the published ones), so that it does not tell them apart. ``details`` has
     the share of the embedding's variance at the strongest frequencies, and the Gini coefficient of these shares.
     The control reads the operands in random order.
@@ -129,9 +129,9 @@ def formula_values(
     With w = 2 pi k / p, up to a factor:
 
     * ``clock``: cos w(s - c);
-    * ``pizza``: |cos wd/2| (|cos w(s - c)/2| - |sin w(s - c)/2|);
-    * ``pizza_appendix``: |cos wd/2| (g(ws/2) cos wc - h(ws/2) sin wc) with g(x) = |cos x| - |sin x| and
-      h(x) = |cos(x + pi/4)| - |cos(x - pi/4)|;
+    * ``pizza``: ``|cos wd/2| (|cos w(s - c)/2| - |sin w(s - c)/2|)``;
+    * ``pizza_appendix``: ``|cos wd/2| (g(ws/2) cos wc - h(ws/2) sin wc)`` with ``g(x) = |cos x| - |sin x|`` and
+      ``h(x) = |cos(x + pi/4)| - |cos(x - pi/4)|``;
     * ``accompanying``: -cos v d cos v(s - c), with v half of w modulo p: it only says which sums are not meant, since
       its own frequency makes opposite points look alike.
 

@@ -23,7 +23,7 @@ from circuits.study.plan import Planned
 FORMAT = 2
 PAIRS = 128
 """Clean and corrupt pairs that score the edges; as many others measure how faithful the circuit is."""
-SHARES = (0, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
+SHARES = (0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 """Shares of the edges at which faithfulness is measured: all sizes would take longer than the training of some runs."""
 BUDGET = "quick"
 """Tests of mechanisms that every run gets: those that the rule reads; ``circuits explain RUN`` has the others."""

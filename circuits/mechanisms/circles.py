@@ -75,13 +75,11 @@ def components_of(model: Any, task: Task, embedding: Float[Tensor, "n d"]) -> Co
 def circularity(model: Any, task: Task, *, seed: int = 0, readings: Readings | None = None) -> Evidence:
     """Mean share of one frequency in each of the first four principal components of the operands' embedding.
 
-    A component x_0, ..., x_(p-1) over the operand values has power
-    ``2 |sum_t x_t e^(2 pi i k t / p)|^2 / p`` at frequency k, as a share of its square sum; the value is the mean over four components of the largest share. Clocks and pizzas
-    both have circles (0.99 and more in the published ones), so that it does not tell them apart. ``details`` has
-    the share of the embedding's variance at the strongest frequencies, and the Gini coefficient of these shares.
+    A component x_0, ..., x_(p-1) over the operand values has power ``2 |sum_t x_t e^(2 pi i k t / p)|^2 / p`` at
+    frequency k, as a share of its square sum; the value is the mean over four components of the largest share. Clocks
+    and pizzas both have circles (0.99 and more in the published ones), so that it does not tell them apart. ``details``
+    has the share of the embedding's variance at the strongest frequencies, and the Gini coefficient of these shares.
     The control reads the operands in random order.
-
-    It is a description, never a verdict (see gradient-symmetricity).
 
     Source: Zhong et al. 2023 (arXiv 2306.17844), section 5; repository fjzzq2002/pizza, eval-main.ipynb.
     Fails when: two circles have equal radii, since components then mix them: 0.73 in a published network that is right

@@ -48,7 +48,7 @@ def distance_irrelevance(model: Any, task: Task, *, seed: int = 0, readings: Rea
 
     With L[s, d] the logit of the right answer where a + b = s and a - b = d, it is the mean over d of the standard
     deviation over s of L[s, d], divided by the standard deviation of all of L. In a pizza the logits carry a factor
-    ``|cos w(a - b) / 2|``, so that they depend on the distance: 0.17 in the published one. In a clock they do not: 0.85.
+    ``|cos w(a - b) / 2|``, so that they depend on the distance: 0.17 in the published one. In a clock: 0.85.
 
     ``top_wrong`` is the same of the highest logit of a wrong answer, the variant that the published tables hold.
     The control deals the same logits out to the pairs at random. Whatever does not depend on the distance is near 1,

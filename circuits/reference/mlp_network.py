@@ -14,7 +14,7 @@ from transformer_lens.HookedRootModule import HookedRootModule
 from circuits.errors import BadInput, UnknownName
 
 JOINED = ("sum", "concatenated")
-Layer = tuple[Float[Tensor, "d_in d_mlp"], Float[Tensor, " d_mlp"]]
+Layer = tuple[Float[Tensor, "_ _"], Float[Tensor, " _"]]
 
 
 class _Mlp(nn.Module):

@@ -18,8 +18,7 @@ REAL_MODEL := notebooks/real_model.ipynb
 TL3 := .venv-tl3
 # The model and the discovery engine on the last TransformerLens 3, which other circuit discovery packages need.
 TL3_TESTS := $(addprefix tests/test_,model.py discovery.py discovery_errors.py against_transformer_lens.py exact.py acdc.py \
-	gradient_methods.py gradient_rules.py neurons.py positions.py path_and_activation_patching.py circuit_evaluation.py \
-	discovery_memory.py discovery_guards.py shared_norm.py learned_masks.py)
+	gradient_methods.py gradient_rules.py neurons.py positions.py path_and_activation_patching.py circuit_evaluation.py)
 
 .PHONY: help study test test-tl3 lint types docs bench notebooks real-model clean
 .DEFAULT_GOAL := help

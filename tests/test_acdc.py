@@ -66,12 +66,12 @@ def test_decisions_are_those_of_the_published_algorithm(shape: str, metric: str)
     assert circuit.per_example is not None and close(circuit.per_example.mean(0), circuit.scores, 1e-5)
 
 
-@pytest.mark.parametrize("tau", [1e-4, 0.01])
+@pytest.mark.parametrize("tau", [1e-4, 0.01, 0.3])
 def test_decisions_do_not_depend_on_how_many_are_tried_at_a_time(tau: float) -> None:
     model, pairs = build("layer-norm", n_layers=3), some_pairs(5)
     metric = kl_divergence(model, pairs)
     one = acdc(model, pairs, metric, tau=tau)
-    for options in ({"speculate": 2}, {"speculate": 100}, {"batch_size": 1}):
+    for options in ({"speculate": 2}, {"speculate": 5}, {"speculate": 100}, {"batch_size": 1}, {"batch_size": 2}):
         other = acdc(model, pairs, metric, tau=tau, **options)
         assert torch.equal(one.kept, other.kept), options
         assert close(one.scores, other.scores, 1e-4), options

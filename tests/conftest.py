@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import settings
@@ -43,6 +44,21 @@ if sys.version_info < (3, 12):
         return key in _passed
 
     typing._ProtocolMeta.__instancecheck__ = _ask_once  # type: ignore[attr-defined]
+
+
+# The import hook decorates a function within a function again at every run of its outer one, which compiles two more:
+# milliseconds per hook and per callback. These go unchecked; what they call is checked.
+_check: typing.Any = jaxtyping.jaxtyped
+
+
+def _check_what_is_defined_once(*functions: typing.Any, **options: typing.Any) -> typing.Any:
+    def decorate(one: typing.Any) -> typing.Any:
+        return one if "<locals>" in getattr(one, "__qualname__", "") else _check(one, **options)
+
+    return decorate(*functions) if functions else decorate
+
+
+jaxtyping.jaxtyped = _check_what_is_defined_once
 
 
 @pytest.fixture(autouse=True)

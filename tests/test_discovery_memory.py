@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +16,10 @@ from circuits.errors import BadInput, UnsupportedModel
 from circuits.model import ModelConfig, Transformer
 from circuits.tasks.base import Pairs
 
-HERE = Path(__file__).parent
 MB = 2**20
+
+# every allocation is counted in Python: with run-time types on top, each of these takes a minute instead of seconds
+pytestmark = pytest.mark.untyped
 
 
 def wide(d_vocab: int = 40, **changes: Any) -> Transformer:

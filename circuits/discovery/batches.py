@@ -259,7 +259,7 @@ def _whole(
     chunks: int,
     memory_budget: int | None,
     advance: Advance = lambda n: None,
-) -> Float[Tensor, "pair set"]:
+) -> Float[Tensor, "pair done"]:
     """Return the effects on some pairs of the first ``chunks`` groups of sets that are taken at a time."""
     sites, part = setting.sites, setting.pairs.take(rows)
     replaced = whole_replaced(setting, rows)

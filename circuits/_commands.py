@@ -177,6 +177,7 @@ def explain(
     /,
     *,
     seed: int = 0,
+    budget: str = "full",
     out: Path | None = None,
     as_json: _Json = False,
 ) -> int:
@@ -185,6 +186,7 @@ def explain(
     Args:
         run: directory of a finished run.
         seed: seed of the tests' random draws.
+        budget: full: every test that the task allows; quick: only those that the verdict is made from.
         out: directory to save verdict.json in.
         as_json: print the verdict as JSON on standard output.
     """
@@ -193,7 +195,9 @@ def explain(
 
     _one_thread()
     loaded = Run.load(run)
-    verdict = mechanisms.explain(loaded.model, loaded.task, seed=seed, progress=sys.stderr.isatty())
+    verdict = mechanisms.explain(
+        loaded.model, loaded.task, seed=seed, budget=budget, progress=sys.stderr.isatty()
+    )
     if out is not None:
         verdict.save(out)
     if as_json:
@@ -201,7 +205,9 @@ def explain(
     else:
         print(f"{verdict.label}" + (f" ({verdict.mechanism})" if verdict.mechanism else ""))
         print(f"{verdict.why}\n")
-        print(_text(verdict.to_frame()[["value", "low", "high", "control", "threshold", "passed"]].reset_index()))
+        columns = ["value", "low", "high", "control", "threshold", "passed", "seconds"]
+        print(_text(verdict.to_frame()[columns].reset_index()))
+        print(f"\nrule {verdict.rule}, {budget} budget: {sum(e.seconds for e in verdict.items):.1f} s")
     return 0
 
 

@@ -75,7 +75,8 @@ def test_explain_and_discover_a_run(trained: Path, tmp_path: Path, capsys: pytes
     verdict = json.loads(output_of(capsys, "explain", trained, "--json", "--out", tmp_path))
     assert verdict["label"] in mechanisms.LABELS
     assert mechanisms.Verdict.load(tmp_path).label == verdict["label"]
-    assert output_of(capsys, "explain", trained).startswith(verdict["label"])
+    quick = output_of(capsys, "explain", trained, "--budget", "quick")
+    assert quick.startswith(verdict["label"]) and "seconds" in quick and "quick budget: " in quick
     found = json.loads(output_of(capsys, "discover", trained, "--pairs", "8", "--top", "3", "--json"))
     assert len(found["edges"]) == 3
     assert {"cpr", "cmd"} <= found.keys()
@@ -135,6 +136,11 @@ def test_wrong_names_and_values_give_one_line(
     monkeypatch.chdir(tmp_path)
     assert message in error_of(capsys, *arguments)
     assert not list(tmp_path.rglob("manifest.json"))
+
+
+@pytest.mark.untyped
+def test_a_budget_that_does_not_exist(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown budget 'quik': did you mean 'quick'" in error_of(capsys, "explain", trained, "--budget", "quik")
 
 
 def test_a_method_that_does_not_exist(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -166,7 +166,8 @@ def test_relevance_is_conserved_where_there_are_no_biases(model: str) -> None:
     pairs = some_pairs(3)
     one = hugging_face("Llama") if model == "Llama" else build("rms-gated-no-positions", mlp_bias=False)
     sites = sites_of(one)
-    values, grads, _ = gradients(one, sites, pairs.clean, pairs, discovery.logit_difference, at=[sites.embed], rules=RELP)
+    at = [sites.embed]
+    values, grads, _ = gradients(one, sites, pairs.clean, pairs, discovery.logit_difference, at=at, rules=RELP)
     relevance = (values[sites.embed] * grads[sites.embed]).sum((1, 2))
     with torch.no_grad():
         assert close(relevance, at_answers(one(pairs.clean), pairs), 1e-4)

@@ -140,7 +140,7 @@ class Verdict:
         from html import escape
 
         head = f"<b>{escape(self.label)}</b>" + (f" · {escape(self.mechanism)}" if self.mechanism else "")
-        columns = ["value", "low", "high", "control", "threshold", "passed"]
+        columns = ["value", "low", "high", "control", "threshold", "passed", "seconds"]
         table = self.to_frame()[columns].to_html(float_format=lambda v: f"{v:.3f}")
         return f"<p>{head}<br>{escape(self.why)}</p>{table}<p>rule {escape(self.rule)}</p>"
 

@@ -271,7 +271,13 @@ def test_wrong_arguments_are_one_line(arguments: list[str], named: str, capsys: 
 def test_ctrl_c_stops_a_study_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "circuits.cli", "study", "smoke", "--out", str(tmp_path)]
     process = subprocess.Popen(
-        command, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # where the tests run in the background, SIGINT is ignored, and processes inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("runs/*/config.json")) and time.monotonic() < deadline:

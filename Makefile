@@ -13,12 +13,14 @@ RUNTIME := $(VENV)/.installed
 TESTS := $(VENV)/.installed-test
 DOCS := $(VENV)/.installed-docs
 QUICKSTART := notebooks/quickstart.ipynb
-REAL_MODEL := notebooks/real_model.ipynb
+REAL_MODEL := notebooks/real_model.ipynb notebooks/language_model_addition.ipynb
 
 TL3 := .venv-tl3
 # The model and the discovery engine on the last TransformerLens 3, which other circuit discovery packages need.
 TL3_TESTS := $(addprefix tests/test_,model.py discovery.py discovery_errors.py against_transformer_lens.py exact.py acdc.py \
-	gradient_methods.py gradient_rules.py neurons.py positions.py path_and_activation_patching.py circuit_evaluation.py)
+	gradient_methods.py gradient_rules.py neurons.py positions.py path_and_activation_patching.py circuit_evaluation.py \
+	faithfulness.py learned_masks.py discovery_guards.py discovery_results.py discovery_memory.py discovery_bench.py \
+	known_circuits.py shared_norm.py circuit_algebra.py)
 
 .PHONY: help study test test-tl3 lint types docs bench notebooks real-model clean
 .DEFAULT_GOAL := help
@@ -30,7 +32,7 @@ help:
 	@echo "make docs       build the documentation into docs/_build/html, warnings are errors"
 	@echo "make bench      run the speed benchmarks"
 	@echo "make notebooks  run the quickstart again and keep its outputs"
-	@echo "make real-model run the notebook on SmolLM2 again and keep its outputs (downloads 90 MB)"
+	@echo "make real-model run the notebooks on SmolLM2 again and keep their outputs (downloads 90 MB)"
 	@echo "make clean      remove the virtual environment, builds and caches (never runs/)"
 	@echo
 	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) OUT=$(OUT) JOBS=$(JOBS) TORCH_INDEX=$(TORCH_INDEX)"
@@ -88,7 +90,7 @@ docs: $(DOCS)
 	@echo "The documentation is docs/_build/html/index.html."
 
 bench: $(RUNTIME)
-	@for benchmark in benchmarks/*.py; do echo "$$benchmark"; $(BIN)/python $$benchmark || exit 1; done
+	@for benchmark in $(filter-out benchmarks/peer_%,$(wildcard benchmarks/*.py)); do echo "$$benchmark"; $(BIN)/python $$benchmark || exit 1; done
 
 notebooks: $(TESTS)
 	$(BIN)/python -m pytest --nbmake --overwrite $(QUICKSTART)

@@ -146,7 +146,8 @@ def discover(
         method: a discovery method (`circuits list methods`).
         pairs: number of clean and corrupt input pairs.
         change: the variable that the pairs change (default: the task's).
-        seed: seed of the pairs; those that measure how faithful the circuit is have the next one.
+        seed: seed of the pairs; those that measure how faithful the circuit is have the next one, without pairs
+            that are among the first.
         top: number of edges to print.
         out: directory to save the circuit in.
         as_json: print edges and faithfulness as JSON on standard output.
@@ -158,7 +159,9 @@ def discover(
     loaded = Run.load(run)
     examples = loaded.task.pairs(pairs, seed=seed, change=change)
     circuit = discovery.attribute(loaded.model, examples, method=method)
-    others = loaded.task.pairs(pairs, seed=seed + 1, change=change)  # that had no say in the scores
+    others = loaded.task.pairs(pairs, seed=seed + 1, change=change)
+    unseen = others.without(examples)
+    others = unseen if len(unseen) else others
     faithful = discovery.faithfulness(loaded.model, circuit, others, progress=sys.stderr.isatty())
     if out is not None:
         circuit.save(out)
@@ -167,7 +170,7 @@ def discover(
         _print_json({"cpr": faithful.cpr, "cmd": faithful.cmd, "edges": _records(edges)})
     else:
         print(_text(edges))
-        about = f"{method}, on {len(others)} other pairs, {faithful.sizes}"
+        about = f"{method}, on {len(others)} {'other pairs' if len(unseen) else 'of the same pairs'}, {faithful.sizes}"
         print(f"\nCPR {faithful.cpr:.3f}   CMD {faithful.cmd:.3f}   ({about})")
     return 0
 
@@ -195,9 +198,7 @@ def explain(
 
     _one_thread()
     loaded = Run.load(run)
-    verdict = mechanisms.explain(
-        loaded.model, loaded.task, seed=seed, budget=budget, progress=sys.stderr.isatty()
-    )
+    verdict = mechanisms.explain(loaded.model, loaded.task, seed=seed, budget=budget, progress=sys.stderr.isatty())
     if out is not None:
         verdict.save(out)
     if as_json:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from circuits import cli, discovery
 from circuits.errors import BadInput, UnknownName
@@ -25,7 +26,9 @@ def test_rows_are_what_the_single_calls_give(tmp_path: Path) -> None:
     truth = discovery.edge_accuracy(circuit, known.active)
     assert row["active_auroc"] == truth.auroc == 1 and row["active_precision"] == truth.average_precision
     assert truth.auroc_interval == (row["active_auroc_low"], row["active_auroc_high"])
-    others = known_circuits.build("program-hist", n_pairs=16, seed=1000).pairs
+    others = known_circuits.build("program-hist", n_pairs=64, seed=1000).pairs.without(known.pairs)
+    others = others.take(torch.arange(16))
+    assert row["n_held_out"] == 16 and 0 <= row["seen_inputs"] < 1
     assert row["cpr"] == pytest.approx(discovery.faithfulness(known.model, circuit, others).cpr)
     assert row["forwards"] > 1 and row["seconds"] > 0
     assert table.loc[("program-length", "eap"), "status"] == "no edge is active under these pairs"

@@ -20,7 +20,9 @@ from circuits.tasks.base import Pairs
 
 
 def state_of(model: Transformer) -> tuple[Any, ...]:
-    hooks = [(name, len(p.fwd_hooks), len(p.bwd_hooks), len(p._forward_hooks)) for name, p in model.hook_dict.items()]
+    hooks = [(name, len(p.fwd_hooks), len(p.bwd_hooks)) for name, p in model.hook_dict.items()]
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks += [(name, *(len(getattr(module, kind)) for kind in kinds)) for name, module in model.named_modules()]
     grads = [p.grad is None and p.requires_grad for p in model.parameters()]
     return hooks, grads, model.training, dict(vars(model.cfg)), {k: v.clone() for k, v in model.state_dict().items()}
 
@@ -33,10 +35,32 @@ def broken(logits: Tensor, pairs: Pairs) -> Tensor:
     raise RuntimeError("this metric breaks")
 
 
+def few_steps(name: str) -> dict[str, int]:
+    return {"steps": 2} if name in ("subnetwork-probing", "edge-pruning", "uniform-gradient-sampling") else {}
+
+
 ANALYSES: dict[str, Callable[..., Any]] = {
-    "eap": eap,
-    "eap-ig-inputs": eap_ig_inputs,
+    **{
+        name: lambda model, pairs, name=name, **o: discovery.attribute(
+            model, pairs, method=name, **few_steps(name), **o
+        )
+        for name in discovery.METHODS
+    },
+    "eap+gim": lambda model, pairs, **o: eap(model, pairs, rules=discovery.GIM, **o),
+    "eap+relp": lambda model, pairs, **o: eap(model, pairs, rules=discovery.RELP, **o),
     "nodes": discovery.node_attribution,
+    "exact nodes": discovery.exact_nodes,
+    "patterns": discovery.attention_patterns,
+    "positions": lambda model, pairs, **o: discovery.activation_patching(model, pairs, "positions", **o),
+    "path": lambda model, pairs, **o: discovery.path_patching(model, pairs, ("embed", "a0.h1.v", "logits"), **o),
+    "faithfulness": lambda model, pairs, **o: discovery.faithfulness(model, eap(model, pairs), pairs, **o),
+    "completeness": lambda model, pairs, **o: discovery.completeness(
+        model, eap(model, pairs).top(5), pairs, n_random=1, greedy_steps=1, greedy_candidates=2, **o
+    ),
+    "minimality": lambda model, pairs, **o: discovery.minimality(model, eap(model, pairs).top(3), pairs, **o),
+    "tests": lambda model, pairs, **o: discovery.hypothesis_tests(
+        model, eap(model, pairs).top(5), pairs, n_random=44, permutations=99, **o
+    ),
     "ablated": lambda model, pairs, **o: discovery.ablated_metric(
         model, pairs, torch.zeros(2, Graph.from_model(model).n_edges, dtype=torch.bool), **o
     ),

@@ -67,6 +67,16 @@ def test_edge_grid_finds_width_and_offset():
     found = [(5, 15, 15, 25), (25, 35, 5, 45), (35, 45, 25, 35)]
     grid = edge_grid(found, 60)
     assert (grid["edge_width"], grid["edge_offset"], grid["edge_share"]) == (10, 5, 1.0)
+    assert edge_grid(found * 3, 60)["edge_p"] < 0.01
+
+
+def test_edges_at_random_lie_on_no_grid_however_many_grids_are_tried():
+    generator = torch.Generator().manual_seed(0)
+    p = []
+    for _ in range(60):
+        found = [tuple(row) for row in torch.randint(1, 60, (2, 4), generator=generator).tolist()]
+        p.append(edge_grid(found, 60)["edge_p"])
+    assert sum(value <= 0.05 for value in p) <= 8  # 60 draws at 5 %: 8 is beyond the 99th percentile
 
 
 @given(st.sampled_from([3, 5, 7, 11, 13, 53]))

@@ -57,5 +57,5 @@ def test_edges_lie_on_the_planted_bands_and_move_with_them(offset: int) -> None:
     evidence = mechanisms.rectangles(model, task)
     d = evidence.details
     assert (d["edge_width"], d["edge_offset"], d["edge_share"]) == (10, offset, 1.0)
-    assert d["edge_chance"] == pytest.approx(0.1)
+    assert d["edge_chance"] < 0.6 and d["edge_p"] == pytest.approx(0.001)
     assert d["idealised"] >= d["accuracy"] - 0.05 and evidence.passed is True

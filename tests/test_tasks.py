@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from circuits import tasks
 from circuits.errors import BadInput, UnknownName
 from circuits.tasks import SPLITS, TASKS, Addition, DigitAddition, ModularAddition, Role, Task
+from circuits.tasks.base import Pairs
 
 PRIMES = (2, 3, 5, 7, 11, 13, 23)
 SMALL = [
@@ -475,6 +476,18 @@ def test_one_token_state_holds_the_carry_the_digits_and_the_reductions() -> None
     for operation, reductions in (("+", 1), ("-", 0), ("*", 36)):
         state = ModularAddition(operation=operation).state(torch.tensor([[48, 40]]))
         assert int(state["reductions"][0, -1]) == reductions
+
+
+def test_pairs_that_were_seen_are_left_out_and_no_others() -> None:
+    task = tasks.get("modular-addition", p=7, block=2)
+    first, second = task.pairs(20, seed=0), task.pairs(40, seed=1)
+
+    def rows(pairs: Pairs) -> list[tuple[int, ...]]:
+        return [(*a, *b) for a, b in zip(pairs.clean.tolist(), pairs.corrupt.tolist(), strict=True)]
+
+    left = second.without(first)
+    assert rows(left) == [row for row in rows(second) if row not in rows(first)] and 0 < len(left) < 40
+    assert len(first.without(first)) == 0 and rows(left.without(first)) == rows(left)
 
 
 def test_pairs_change_one_digit_alone() -> None:

@@ -53,7 +53,12 @@ class Circuit:
             if getattr(self, name).shape != (self.graph.n_edges,):
                 shape = tuple(getattr(self, name).shape)
                 raise BadInput(f"{name} has shape {shape}: expected one number for each of {self.graph.n_edges} edges")
-
+        if not bool(torch.isfinite(self.scores).all()):
+            bad = self.graph.edges[int((~torch.isfinite(self.scores)).nonzero()[0])]
+            raise BadInput(f"the score of edge {bad[0]} -> {bad[1]} is not finite: check the model and the metric")
+        if self.per_example is not None and self.per_example.shape[1:] != self.scores.shape:
+            shape = tuple(self.per_example.shape)
+            raise BadInput(f"per_example has shape {shape}: expected [pair, {self.graph.n_edges}]")
         if self.by_position is not None and self.by_position.shape[1:] != self.scores.shape:
             raise BadInput(
                 f"by_position has shape {tuple(self.by_position.shape)}: expected [position, {self.graph.n_edges}]"

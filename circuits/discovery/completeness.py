@@ -77,7 +77,8 @@ def completeness(
     The incompleteness of K is abs(m(C - K) - m(M - K)) / abs(m(M) - m(no edge)). K is nothing (which is
     faithfulness), random subsets of the circuit (each edge with probability one half), and subsets that are grown
     greedily: of ``greedy_candidates`` random edges that one is added which raises the incompleteness most. Last, K
-    is the whole circuit: how much of the metric the complement still gives.
+    is the whole circuit: how much of the metric the complement still gives. The greedy search sees every second pair,
+    and every row is measured on the others, so that a search among chance differences finds nothing.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -117,10 +118,10 @@ def completeness(
         found = ablated_metric(model, pairs, sets.to(circuit.kept.device), **options)
         return found.double().cpu()
 
-    full, empty = measure(torch.stack([~none, none])).mean(1).tolist()
-    scale = abs(full - empty)
-    if scale == 0:
-        raise BadInput(f"ablating every edge leaves {name_of(metric)} at {full:.4g}: other pairs or another metric")
+    searched = judged = slice(None)
+    if greedy_steps and len(pairs) > 1:
+        searched, judged = slice(0, None, 2), slice(1, None, 2)
+    full, empty = _ends(measure(torch.stack([~none, none]))[:, judged], metric)
     removed = [none, *random]
     kinds = ["none"] + ["random"] * n_random
     grown = none
@@ -129,13 +130,14 @@ def completeness(
         chosen = left[torch.randperm(len(left), generator=generator)[:greedy_candidates]]
         tried = grown.repeat(len(chosen), 1)
         tried[torch.arange(len(chosen)), chosen] = True
-        distance = (measure(kept & ~tried).mean(1) - measure(~tried).mean(1)).abs()
+        distance = (measure(kept & ~tried) - measure(~tried))[:, searched].mean(1).abs()
         grown = tried[int(distance.argmax())]
         removed.append(grown)
         kinds.append("greedy")
     sets = torch.stack([*removed, kept])
-    rows = _rows([*kinds, "circuit"], sets, measure(kept & ~sets), measure(~sets), empty, full, seed)
-    return Completeness(rows, name_of(metric), len(members), len(pairs))
+    of_circuit, of_model = (measure(edges)[:, judged] for edges in (kept & ~sets, ~sets))
+    rows = _rows([*kinds, "circuit"], sets, of_circuit, of_model, empty, full, seed)
+    return Completeness(rows, name_of(metric), len(members), of_model.shape[1])
 
 
 def minimality(
@@ -184,10 +186,8 @@ def minimality(
     options: dict[str, Any] = {"metric": metric, "ablation": ablation, "neurons": circuit.graph.has_neurons}
     found = ablated_metric(model, pairs, sets.to(circuit.kept.device), progress=progress, **options)
     scores = found.double().cpu()
-    scale = abs(float(scores[0].mean() - scores[1].mean()))
-    if scale == 0:
-        raise BadInput(f"ablating every edge leaves {name_of(metric)} as it is: other pairs or another metric")
-    effects = (scores[3:] - scores[2]) / scale
+    full, empty = _ends(scores[:2], metric)
+    effects = (scores[3:] - scores[2]) / abs(full - empty)
     low, high = mean_interval(effects.T, seed=seed)
     frame = pd.DataFrame(
         {
@@ -199,6 +199,17 @@ def minimality(
         }
     )
     return frame.sort_values("effect", key=abs, kind="stable", ignore_index=True)
+
+
+def _ends(scores: Float[Tensor, "2 pair"], metric: Metric) -> tuple[float, float]:
+    """Return the mean metric of the whole model and of the model with every edge ablated, which must differ."""
+    full, empty = scores.mean(1).tolist()
+    if abs(full - empty) <= 1e-6 * float(scores.abs().mean()):
+        raise BadInput(
+            f"ablating every edge takes {name_of(metric)} from {full:.4g} to {empty:.4g}: there is no gap to measure "
+            f"by; expected pairs whose corruption changes the model's answer"
+        )
+    return full, empty
 
 
 def _checked(model: HookedModel, circuit: Circuit) -> Bool[Tensor, " edge"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -34,7 +35,7 @@ class HypothesisTest:
     statistic: float
     p_value: float
     p_adjusted: float
-    """After Holm's correction over all tests of the circuit, the minimality test of every edge counting as one."""
+    """After Holm's correction over the five tests; that of minimality enters with its smallest adjusted edge."""
     rejected: bool
     wanted: str
     """What a good circuit does: ``rejected`` or ``kept``."""
@@ -52,7 +53,7 @@ class CircuitTests:
     tests: tuple[HypothesisTest, ...]
     edges: pd.DataFrame
     """One row per edge of the circuit: its knock-out effect, in the metric's unit, the share of random edges of
-    inflated circuits with a smaller one, the p-value, Holm-adjusted, and whether the edge is called redundant."""
+    inflated circuits with a smaller one, the p-value, Holm-adjusted over edges, and whether the edge is redundant."""
     n_edges: int
     n_pairs: int
 
@@ -106,8 +107,9 @@ def hypothesis_tests(
       probability at most ``quantile``; p is the upper tail.
 
     Distances between two circuits are means over pairs of abs(s - s'). The released code takes the mean score
-    difference as the statistic of the equivalence test; this follows the paper. All p-values, of every test and of
-    every edge, are Holm-adjusted together.
+    difference as the statistic of the equivalence test; this follows the paper. P-values are Holm-adjusted in two
+    steps: over the edges, and over the five tests, of which minimality has the smallest adjusted p of an edge. A large
+    circuit so does not pass independence and equivalence for its many edges.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -125,8 +127,8 @@ def hypothesis_tests(
 
     Cost: 4 x ``n_random`` forwards, one for every edge of the circuit, and three. No backward.
 
-    Conventions: a good circuit keeps the first three nulls and rejects the last two. All p-values, of the tests and of
-        every edge, are Holm-adjusted as one family.
+    Conventions: a good circuit keeps the first three nulls and rejects the last two. P-values are Holm-adjusted over
+        the edges, and then over the five tests.
 
     Source: Shi et al. 2024, Hypothesis Testing the Circuit Hypothesis in LLMs, arXiv 2410.13032, sections 3 and 4;
         Gretton et al. 2007 (independence criterion); Holm 1979 (correction).
@@ -135,9 +137,11 @@ def hypothesis_tests(
     equivalence being kept is no proof that the circuit is equivalent.
 
     Raises:
-        BadInput: the circuit is of another graph, empty or the whole model, or a rate is not between 0 and 1.
+        BadInput: the circuit is of another graph, empty or the whole model, a rate is not between 0 and 1, or there
+            are too few random circuits or permutations for any outcome to be significant at ``level``.
     """
     _check(model, circuit, epsilon=epsilon, quantile=quantile, level=level)
+    _check_power(quantile, n_random, permutations, level)
     groups = _groups(circuit, n_random, seed)
     keep = torch.cat(groups).to(circuit.kept.device)
     neurons = circuit.graph.has_neurons
@@ -280,8 +284,7 @@ def _report(
 ) -> CircuitTests:
     import pandas as pd
 
-    adjusted = holm([p for _, p, _ in found] + list(edge_p))
-    edge_adjusted = adjusted[len(found) :]
+    edge_adjusted = holm(edge_p)
     edges = pd.DataFrame(
         {
             "source": [source for source, _ in circuit.edges],
@@ -293,13 +296,25 @@ def _report(
             "redundant": [p <= level for p in edge_adjusted],
         }
     )
-    rows = [(name, statistic, p, a) for (name, p, statistic), a in zip(found, adjusted, strict=False)]
-    rows.insert(2, ("minimality", float(edges["redundant"].mean()), min(edge_p), min(edge_adjusted)))
+    rows = [(name, statistic, p) for name, p, statistic in found]
+    # what enters is corrected for the number of edges already
+    rows.insert(2, ("minimality", float(edges["redundant"].mean()), min(edge_adjusted)))
+    adjusted = holm([p for _, _, p in rows])
     tests = tuple(
         HypothesisTest(name, NULLS[name][0], statistic, p, a, a <= level, NULLS[name][1])
-        for name, statistic, p, a in rows
+        for (name, statistic, p), a in zip(rows, adjusted, strict=True)
     )
     return CircuitTests(tests, edges, circuit.n_kept, n_pairs)
+
+
+def _check_power(quantile: float, n_random: int, permutations: int, level: float) -> None:
+    """Refuse draws so few that Holm's first step, five times the smallest p-value, exceeds the level whatever comes."""
+    for name, value, needed in (
+        ("n_random", n_random, math.ceil(math.log(level / len(NULLS)) / math.log(quantile))),
+        ("permutations", permutations, math.ceil(len(NULLS) / level) - 1),
+    ):
+        if value < needed:
+            raise BadInput(f"{name} = {value}: nothing could be significant at level = {level}; expected >= {needed}")
 
 
 def _check(model: HookedModel, circuit: Circuit, **rates: float) -> None:

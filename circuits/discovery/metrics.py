@@ -180,7 +180,8 @@ def is_flat(metric: Metric, logits: Float[Tensor, "batch pos d_vocab_out"], pair
     found = found.to(torch.promote_types(found.dtype, torch.float32))
     # a step to alternating sides, which is no shift of all logits alike, that a softmax would not see
     sides = 1 - 2 * (torch.arange(found.shape[-1], device=found.device) % 3 == 0).to(found)
-    step = NEAR * found.abs().amax(-1, keepdim=True) * sides
+    # how far logits lie apart is what counts: an offset of all of them changes nothing that a softmax sees
+    step = NEAR * (found - found.mean(-1, keepdim=True)).abs().amax(-1, keepdim=True) * sides
     here, aside = (_slope(metric, at, pairs) for at in (found, found + step))
     return bool(torch.isfinite(here + aside)) and bool(here <= NEAR * aside)
 

@@ -85,6 +85,8 @@ def load_mib(path: Path | str, graph: Graph) -> Circuit:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("in_graph"), bool | int):
             raise CorruptRun(f"{path} has no in_graph for edge {name}: expected a circuit of the MIB leaderboard")
         score = entry.get("score")
+        if score is not None and not isinstance(score, int | float):
+            raise CorruptRun(f"{path} has the score {score!r} for edge {name}: expected a number")
         scores[i] = 0.0 if score is None else -float(score)
         kept[i] = bool(entry["in_graph"])
     return Circuit(graph, scores, kept, "mib", "mib", None, {"file": Path(path).name})

@@ -16,6 +16,7 @@ from circuits.mechanisms.columns import (
     Found,
     Swaps,
     choose_heads,
+    evidence_of,
     inner_variables,
     source_outputs,
     swapped_share,
@@ -226,37 +227,7 @@ def carry_cascade(model: Any, task: Task, *, seed: int = 0) -> Evidence:
         swaps, _ = draw_right_swaps(model, task, variable, column, seed=seed)
         found.append((choose_heads(model, task, variable, swaps), variable, column))
     details = error_signature(model, task, seed=seed)
-    if not found:
-        nan = float("nan")
-        return _evidence(nan, (nan, nan), None, None, details, start)
-    for f, _, _ in found:
-        key = f.variable.replace(" ", "_")
-        details |= {key: f.share, f"{key}_heads": [f"L{layer}H{head}" for layer, head in f.heads]}
-    carries = [one for one in found if one[0].variable.startswith("carry")]
-    details["carry_by_state"] = carry_by_state(model, task, carries, seed=seed)
-    worst = min((f for f, _, _ in found), key=lambda f: f.share)
-    control = sum(f.all_heads for f, _, _ in found) / len(found)
-    passed = worst.share >= 0.95 and control <= 0.1
-    return _evidence(worst.share, wilson_interval(worst.hold, worst.counted), control, passed, details, start)
-
-
-def _evidence(
-    value: float,
-    interval: tuple[float, float],
-    control: float | None,
-    passed: bool | None,
-    details: dict[str, Any],
-    start: float,
-) -> Evidence:
-    return Evidence(
-        test="carry-cascade",
-        value=value,
-        interval=interval,
-        control=control,
-        control_name="all heads swapped",
-        threshold="every inner column's carry and digits >= 0.95, all heads <= 0.10",
-        passed=passed,
-        details=details,
-        source="Quirke & Barez 2024, arXiv 2310.13121; Geiger et al. 2021, arXiv 2106.02997",
-        seconds=time.perf_counter() - start,
-    )
+    if found:
+        carries = [one for one in found if one[0].variable.startswith("carry")]
+        details["carry_by_state"] = carry_by_state(model, task, carries, seed=seed)
+    return evidence_of("carry-cascade", [f for f, _, _ in found], details, start)

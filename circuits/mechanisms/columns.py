@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +128,7 @@ def choose_heads(model: Any, task: Any, variable: Variable, swaps: Swaps) -> Fou
     reverse = bool(getattr(task, "reverse", False))
     with_previous = reverse and variable.name.startswith("carry")
     if len(swaps.predicted) < FEWEST:
-        return Found(variable.name, (), 0, 1, 0.0)
+        return Found(variable.name, (), 0, 0, 0.0)
     chosen_on, judged_on = swaps.half(0), swaps.half(1)
     source = source_outputs(model, chosen_on)
     heads = [(layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
@@ -181,40 +181,39 @@ def column_interchange(model: Any, task: Task, *, seed: int = 0) -> Evidence:
         raise BadInput(f"{task.name} has no digit columns; column interchange needs a digit-token addition task")
     found = [find_heads(model, task, variable, column, seed=seed) for variable, column in inner_variables(task)]
     details: dict[str, Any] = {"by_cascade": accuracy_by_cascade(model, task, seed=seed)}
-    if not found:
-        return _evidence(float("nan"), (float("nan"), float("nan")), None, None, details, start)
+    if found:
+        details |= {
+            "carry": min(f.share for f in found if f.variable.startswith("carry")),
+            "digits": min(f.share for f in found if not f.variable.startswith("carry")),
+            "n_heads": model.cfg.n_layers * model.cfg.n_heads,
+            "mean_heads": sum(len(f.heads) for f in found) / len(found),
+        }
+    return evidence_of("column-interchange", found, details, start)
+
+
+def evidence_of(test: str, found: Sequence[Found], details: Mapping[str, Any], start: float) -> Evidence:
+    """Return the evidence of the worst carry or base sum, with the heads of each in its details."""
+    heads: dict[str, Any] = {}
     for f in found:
         key = f.variable.replace(" ", "_")
-        details |= {key: f.share, f"{key}_heads": [f"L{layer}H{head}" for layer, head in f.heads]}
-    details |= {
-        "carry": min(f.share for f in found if f.variable.startswith("carry")),
-        "digits": min(f.share for f in found if not f.variable.startswith("carry")),
-        "n_heads": model.cfg.n_layers * model.cfg.n_heads,
-        "mean_heads": sum(len(f.heads) for f in found) / len(found),
-    }
-    worst = min(found, key=lambda f: f.share)
-    control = sum(f.all_heads for f in found) / len(found)
-    passed = worst.share >= 0.95 and control <= 0.1
-    return _evidence(worst.share, wilson_interval(worst.hold, worst.counted), control, passed, details, start)
-
-
-def _evidence(
-    value: float,
-    interval: tuple[float, float],
-    control: float | None,
-    passed: bool | None,
-    details: dict[str, Any],
-    start: float,
-) -> Evidence:
+        heads |= {key: f.share, f"{key}_heads": [f"L{layer}H{head}" for layer, head in f.heads]}
+    value, interval, control, passed = float("nan"), (float("nan"), float("nan")), None, None
+    if found and any(f.counted == 0 for f in found):
+        heads["too_few_swaps"] = [f.variable for f in found if f.counted == 0]
+    elif found:
+        worst = min(found, key=lambda f: f.share)
+        value, interval = worst.share, wilson_interval(worst.hold, worst.counted)
+        control = sum(f.all_heads for f in found) / len(found)
+        passed = worst.share >= 0.95 and control <= 0.1
     return Evidence(
-        test="column-interchange",
+        test=test,
         value=value,
         interval=interval,
         control=control,
         control_name="all heads swapped",
         threshold="every inner column's carry and digits >= 0.95, all heads <= 0.10",
         passed=passed,
-        details=details,
+        details={**details, **heads},
         source="Quirke & Barez 2024, arXiv 2310.13121; Geiger et al. 2021, arXiv 2106.02997",
         seconds=time.perf_counter() - start,
     )

@@ -182,8 +182,8 @@ def das(model: Any, task: Task, *, seed: int = 0, readings: Readings | None = No
     Learning finds a subspace for nearly anything, given rank enough: ``control`` is the better of the same search for
     arbitrary answers (one drawn for each value of the variable) and in an untrained copy of the model. What these
     reach, and the class means themselves, stands beside each candidate. A variable is there only if accuracy is high
-    and both controls are low. Three searches for each candidate: the costliest test, not one that ``explain`` runs by
-    itself.
+    and both controls are low. Three searches for each candidate: the costliest test, which ``explain`` leaves out of
+    its quick budget.
 
     Source: Geiger et al. 2024 (arXiv 2303.02536), section 3; arbitrary labels and untrained models as controls: Arora
     et al. 2024 (arXiv 2402.12560), section 5; implementation: TransformerLens, tools/analysis/interchange.py.

@@ -166,7 +166,7 @@ def _band(readings: Readings, n: int) -> tuple[int, int, bool]:
     """Width and offset of the grid of the model's rectangles, and whether there is one; else tens."""
     if n * n <= MAX_ROWS:
         grid = edge_grid(rectangle_fits(readings, n).found, n)
-        if grid["edge_width"] and grid["edge_share"] - grid["edge_chance"] >= 1 / 3:
+        if grid["edge_p"] <= 0.01:
             return int(grid["edge_width"]), int(grid["edge_offset"]), True
     return DECADE, 0, False
 

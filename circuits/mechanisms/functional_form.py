@@ -123,10 +123,10 @@ class Forms:
         return Forms(self.family[chosen], self.best[chosen], self.frequency[chosen], self.slow[chosen])
 
     def frequency_share(self, importance: Float[Tensor, " n"]) -> float:
-        """Share of single-frequency neurons, slow waves left out of the count as long as they are less than half."""
+        """Share of single-frequency neurons, slow waves left out of the count; 0 where these are more than half."""
         weight = importance / importance.sum().clamp_min(1e-12)
         slow = float(weight[self.slow & (self.family != 0)].sum())
-        return float(weight[self.family == 0].sum()) / max(1 - slow, 0.5)
+        return float(weight[self.family == 0].sum()) / (1 - slow) if slow <= 0.5 else 0.0
 
     def shares(self, importance: Float[Tensor, " n"]) -> dict[str, float]:
         """Share of importance by family."""

@@ -20,7 +20,7 @@ TOP_NEURONS, POOL = 80, 320
 """So many neurons are fitted, most important first; copies of one among the first ``POOL`` count as one."""
 COPY = 0.999
 NULL_NEURONS = 20
-MOST_EDGES = 60
+EDGE_DRAWS = 999
 COARSE = 24
 """Edges per axis up to which all rectangles are tried."""
 
@@ -127,7 +127,7 @@ class Fits:
 
 
 def _edges(n: int) -> Int[Tensor, " edges"]:
-    return torch.unique(torch.cat([torch.arange(0, n, -(-n // MOST_EDGES)), torch.tensor([n])]))
+    return torch.arange(n + 1)
 
 
 def rectangle_fits(readings: Readings, n: int) -> Fits:
@@ -179,7 +179,8 @@ def rectangles(model: Any, task: Task, *, seed: int = 0, readings: Readings | No
     A crisp picture is not yet a code: the rectangles are *idealised* (each rectangle neuron is replaced by its two
     levels) and accuracy must survive, and mean-ablating them must hurt. The control is the share after renaming
     the operands at random; ablating importance-matched other neurons is reported beside.
-    ``edge_width`` and ``edge_offset`` are the band width and offset that most interior edges lie on.
+    ``edge_width`` and ``edge_offset`` are the band width and offset that most interior edges lie on, ``edge_p`` says
+    how often edges drawn at random do so on the grid that suits them best.
 
     Source: range neurons of Nikankin et al. 2025 (arXiv 2410.21272), figure 3; single-rectangle fit, two-levelness
     (2-means) and idealisation are ours.
@@ -210,7 +211,7 @@ def rectangles(model: Any, task: Task, *, seed: int = 0, readings: Readings | No
     passed = False
     if bool(crisp.any()):
         details |= _causal(model, task, readings, top, crisp, fitted.rectangles)
-        details |= edge_grid(fitted.found, n)
+        details |= edge_grid(fitted.found, n, seed=seed)
         real = share >= 0.5 and float((null > 0.8).float().mean()) <= 0.1
         passed = real and details["idealised"] >= details["accuracy"] - 0.05 and details["ablated"] <= 0.7
     effective = max(1, int(1 / float(weight.square().sum())))
@@ -255,23 +256,36 @@ def _causal(
     }
 
 
-def edge_grid(found: list[Rectangle], n: int) -> dict[str, Any]:
-    """Width and offset of the regular grid that holds most interior edges, with the share on it and by chance."""
-    edges = [e for r in found for e in r if 0 < e < n]
-    if not edges:
-        return {"edges": [], "edge_width": None, "edge_offset": None, "edge_share": 0.0, "edge_chance": 0.0}
-    scored = []
-    for width in range(min(5, max(2, n // 2)), max(3, n // 2 + 1)):
-        for offset in range(width):
-            share = sum(e % width == offset for e in edges) / len(edges)
-            scored.append((share - 1 / width, width, offset, share))
-    _, width, offset, share = max(scored)
+def edge_grid(found: list[Rectangle], n: int, *, seed: int = 0) -> dict[str, Any]:
+    """Width and offset of the regular grid that holds most interior edges, with the share on it and by chance.
+
+    That grid is the best of many: ``edge_chance`` is the mean share on the best grid of as many edges drawn at random,
+    and ``edge_p`` how often these lie on theirs as far beyond one in a width as the found ones do.
+    """
+    edges = torch.tensor([e for r in found for e in r if 0 < e < n], dtype=torch.long)
+    if not len(edges):
+        nothing = {"edge_width": None, "edge_offset": None, "edge_share": 0.0, "edge_chance": 0.0, "edge_p": 1.0}
+        return {"edges": [], **nothing}
+    widths = range(min(5, max(2, n // 2)), max(3, n // 2 + 1))
+    grids = [(width, offset) for width in widths for offset in range(width)]
+    width_of, offset_of = torch.tensor(grids).T
+    on = (torch.arange(n)[:, None] % width_of == offset_of).double()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(1, n, (EDGE_DRAWS, len(edges)), generator=generator)
+    # the first row is what was found
+    counts = torch.zeros(1 + EDGE_DRAWS, n, dtype=torch.double)
+    together = torch.cat([edges[None], drawn])
+    counts.scatter_add_(1, together, torch.ones_like(together, dtype=torch.double))
+    shares = counts @ on / len(edges)
+    beyond, best = (shares - 1 / width_of).max(1)
+    width, offset = grids[int(best[0])]
     return {
-        "edges": sorted(edges),
+        "edges": sorted(edges.tolist()),
         "edge_width": width,
         "edge_offset": offset,
-        "edge_share": share,
-        "edge_chance": 1 / width,
+        "edge_share": float(shares[0, best[0]]),
+        "edge_chance": float(shares[1:].gather(1, best[1:, None]).mean()),
+        "edge_p": (1 + int((beyond[1:] >= beyond[0] - 1e-9).sum())) / (1 + EDGE_DRAWS),
     }
 
 

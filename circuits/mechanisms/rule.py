@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from circuits.mechanisms.evidence import Evidence, Verdict
 
-VERSION = "arithmetic-4"
+VERSION = "arithmetic-5"
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ def _generalising(
     verdict: Callable[[str, str | None, str], Verdict],
 ) -> Verdict:
     gap, slices = by.get("block-gap"), by.get("slice-transfer")
-    small_gap = gap is None or not gap.value > rule.block_algorithm or _only_cascades_fail(by, rule)
+    # few pairs in the block make for a wide interval: what speaks against an algorithm is a gap that they show
+    small_gap = gap is None or not gap.interval[0] > rule.block_algorithm or _only_cascades_fail(by, rule)
     if passing and small_gap:
         name = passing[0]
         return verdict("algorithm", name, f"{candidates[name][1]}; {_agreement(gap, slices)}.")
@@ -344,7 +345,8 @@ def _range_words(shapes: Evidence) -> str:
         f"{shapes.value:.0%} of neuron importance is in neurons that fire on one range of each operand "
         f"(renamed operands {shapes.control or 0:.0%}); replacing them by exact two-level rectangles keeps accuracy at "
         f"{d.get('idealised', float('nan')):.0%}, removing them leaves {d.get('ablated', float('nan')):.0%}; "
-        f"{d.get('edge_share', 0):.0%} of their edges lie on a grid of width {d.get('edge_width')} at offset "
+        f"{d.get('edge_share', 0):.0%} of their edges (drawn at random {d.get('edge_chance', 0):.0%}) lie on a grid of "
+        f"width {d.get('edge_width')} at offset "
         f"{d.get('edge_offset')}."
     )
 
@@ -365,7 +367,7 @@ def _heuristic_signs(by: dict[str, Evidence], rule: Thresholds) -> list[str]:
         signs.append(f"{form.number('indicator'):.0%} of neuron importance is in indicators of the operands")
     if slices is not None and slices.passed is not None and slices.value <= rule.slice_heuristic:
         signs.append(f"neurons that suffice for one slice of inputs do only {slices.value:.0%} as well on others")
-    if gap is not None and gap.value >= rule.block_heuristic:
+    if gap is not None and gap.value >= rule.block_heuristic and gap.interval[0] > rule.block_algorithm:
         signs.append(
             f"accuracy is {gap.number('block'):.0%} on the held-out block against {gap.number('random'):.0%} on random "
             "unseen pairs"

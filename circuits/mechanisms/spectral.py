@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits._stats import bootstrap_interval
+from circuits.errors import BadInput
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.functional_form import circle_length, most_frequencies
 from circuits.mechanisms.progress_measures import progress_measures
@@ -134,7 +135,8 @@ def spectral(model: Any, task: Task, *, seed: int = 0, readings: Readings | None
     readings = readings or read(model, task, seed=seed)
     circle = circle_length(model, task, readings, seed=seed)
     renamed = group_index(task, readings.operands, circle=circle)
-    assert renamed is not None
+    if renamed is None:
+        raise BadInput(f"the operation of {task.name} is that of no group: the spectral test needs one")
     a, b, kept, modulus = renamed
     a, b, labels, logits = a[kept], b[kept], readings.labels[kept], readings.logits[kept]
     logits = logits - logits.mean(1, keepdim=True)  # a shift of all answers alike decides nothing

@@ -55,7 +55,7 @@ def build(name: str, *, n_pairs: int = 64, seed: int = 0) -> KnownCircuit:
     Args:
         name: A key of ``KNOWN_CIRCUITS``; underscores are accepted for hyphens.
         n_pairs: Number of pairs of clean and corrupt inputs.
-        seed: Of the pairs, and of the weights where they are drawn.
+        seed: Of the pairs.
 
     Raises:
         UnknownName: no known circuit has that name.

@@ -16,7 +16,7 @@ WIDTH = 4
 
 
 def linear_network(
-    *, n_pairs: int = 64, seed: int = 0, d_vocab: int = 7, n_layers: int = 2, n_heads: int = 3
+    *, n_pairs: int = 64, seed: int = 0, weight_seed: int = 0, d_vocab: int = 7, n_layers: int = 2, n_heads: int = 3
 ) -> tuple[Transformer, Pairs, frozenset[tuple[str, str]], frozenset[tuple[str, str]], bool, dict[str, Any]]:
     """Return an attention-only model with uniform attention and no normalization, pairs, and its true edges.
 
@@ -26,20 +26,21 @@ def linear_network(
 
     Args:
         n_pairs: Number of pairs.
-        seed: Of weights and pairs.
+        seed: Of the pairs.
+        weight_seed: Of the weights.
         d_vocab: Number of tokens.
         n_layers: Layers.
         n_heads: Heads per layer.
     """
     if n_pairs < 1:
         raise BadInput(f"n_pairs = {n_pairs}: expected at least 1")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(weight_seed)
     d_model = WIDTH * (n_layers + 2)
     config = ModelConfig(
         d_vocab=d_vocab, n_ctx=4, n_layers=n_layers, d_model=d_model, n_heads=n_heads, d_head=WIDTH,
         attn_only=True, softmax_share=0.0,
     )  # fmt: skip
-    model = Transformer(config, seed=seed).eval()
+    model = Transformer(config, seed=weight_seed).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -54,6 +55,7 @@ def linear_network(
                 block.attn.W_O[head, :, to : to + WIDTH] = torch.randn(WIDTH, WIDTH, generator=generator)
         last = WIDTH * n_layers
         model.unembed.W_U[last : last + WIDTH] = torch.randn(WIDTH, d_vocab, generator=generator)
+    generator = torch.Generator().manual_seed(seed)
     clean, corrupt = (torch.randint(d_vocab, (n_pairs, 4), generator=generator) for _ in range(2))
     position = torch.full((n_pairs,), 3)
     with torch.no_grad():

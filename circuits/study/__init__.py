@@ -17,6 +17,7 @@ _FOLDER = Path(__file__).parent / "presets"
 PRESETS: dict[str, Path] = {
     "arithmetic-quick": _FOLDER / "arithmetic-quick.toml",
     "arithmetic": _FOLDER / "arithmetic.toml",
+    "range-codes": _FOLDER / "range-codes.toml",
     "smoke": _FOLDER / "smoke.toml",
 }
 

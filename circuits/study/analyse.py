@@ -129,7 +129,9 @@ def matched_step(run: Run) -> int | None:
 def _faithfulness(run: Run, circuit: Circuit) -> Faithfulness | None:
     """How faithful the circuit is, None where the metric does not move when every edge is ablated."""
     try:
-        return discovery.faithfulness(run.model, circuit, run.task.pairs(PAIRS, seed=1), shares=SHARES)
+        others = run.task.pairs(PAIRS, seed=1)
+        unseen = others.without(run.task.pairs(PAIRS, seed=0))
+        return discovery.faithfulness(run.model, circuit, unseen if len(unseen) else others, shares=SHARES)
     except BadInput as error:
         print(f"no faithfulness curve: {error}")
         return None

@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 from circuits import mechanisms, reference
 from circuits._io import atomic_write, make_directory, read_json, write_json
 from circuits.errors import BadInput, CorruptRun, UnknownName
-from circuits.mechanisms import TESTS, VERSION
+from circuits.mechanisms import DESCRIBING, MODULAR, TESTS, VERSION
 from circuits.reference.trained import stored_sizes
 from circuits.study import executor
 from circuits.study.tables import verdict_columns
 
-FORMAT = 2
+FORMAT = 3
 SEEDS = 5
 STORED = ("interchange-trained", "banded", "banded-twin")
 """Families of trained networks, of which there is one for each size that is stored."""
@@ -95,6 +95,11 @@ class Case:
         return f"{self.family}--{size}--{self.nuisance.replace(' ', '-').replace('%', 'percent')}--{self.seed}"
 
     @property
+    def budget(self) -> str:
+        """Every test on one untouched model of each family and size; elsewhere those that the rule reads."""
+        return "full" if self.nuisance == "none" and self.seed == 0 else "quick"
+
+    @property
     def log(self) -> Path:
         """File for what the job prints."""
         return self.folder / "logs" / f"{self.id}.log"
@@ -135,7 +140,7 @@ def judged(case: Case) -> dict[str, Any]:
         model, task = reference.renamed_tokens(model, task, seed=case.seed)
     elif kind != "none":
         model = reference.transform(model, kind, seed=case.seed, **options)
-    verdict = mechanisms.explain(model, task, budget="quick")
+    verdict = mechanisms.explain(model, task, budget=case.budget)
     gate = verdict["accuracy-gate"]
     return {
         "family": case.family,
@@ -145,12 +150,15 @@ def judged(case: Case) -> dict[str, Any]:
         "truth": truth if mechanisms.learned(gate) else "not-learned",
         "built": truth,
         **verdict_columns(verdict),
+        # not-a-number has no JSON
         **{
-            f"{test}.{key}": verdict[test].number(key)
+            f"{test}.{key}": value if value == value else None
             for test, keys in FEATURES.items()
             if test in verdict
             for key in keys
+            for value in (verdict[test].number(key),)
         },
+        **{f"{item.test}.passed": item.passed for item in verdict.items},
         "why": verdict.why,
         "seconds": sum(item.seconds for item in verdict.items),
     }
@@ -207,23 +215,27 @@ class Calibration:
         """Return each model's label by likelihood ratio: fitted to all other families, and to all other models.
 
         The likelihood is that of independent normal distributions of the tests' values and ``FEATURES`` given the
-        label; absent values count as -1. Without its family a label that no other family has cannot be given; with
-        it, models are left out by fifths.
+        label; absent values count as -1. Only tests that every model was given count. Without its family a label that
+        no other family has cannot be given; with it, models are left out by fifths, a model and what nuisances make of
+        it always together.
 
-        Source: naive Bayes, scikit-learn's ``GaussianNB``; ``LeaveOneGroupOut`` and ``KFold``.
+        Source: naive Bayes, scikit-learn's ``GaussianNB``; ``LeaveOneGroupOut`` and ``GroupKFold``.
         """
-        from sklearn.model_selection import KFold, LeaveOneGroupOut
+        from sklearn.model_selection import GroupKFold, LeaveOneGroupOut
 
         seen = [f"{test}.{key}" for test, keys in FEATURES.items() for key in keys]
-        columns = [*self._tests(), *(name for name in seen if name in self.table.columns)]
+        given = [test for test in self._tests() if test not in (*DESCRIBING, *MODULAR)]
+        columns = [*given, *(name for name in seen if name in self.table.columns)]
         values = self.table[columns].astype(float).fillna(-1.0).to_numpy()
         truth = self.table["truth"].str.split("/").str[0].to_numpy()
         family = self.table["family"].to_numpy()
         splits: dict[str, list[Any]] = {"family left out": [], "family known": []}
         if len(np.unique(family)) > 1:
             splits["family left out"] = list(LeaveOneGroupOut().split(values, truth, family))
-        if len(truth) >= 5:
-            splits["family known"] = list(KFold(5, shuffle=True, random_state=0).split(values))
+        built = self.table[["family", "size", "seed"]].astype(str).agg("/".join, axis=1).to_numpy()
+        if len(np.unique(built)) >= 5:
+            folds = GroupKFold(5, shuffle=True, random_state=0)
+            splits["family known"] = list(folds.split(values, truth, built))
         out = self.table[["family"]].copy()
         for name, folds in splits.items():
             out[name] = pd.Series(pd.NA, index=out.index, dtype="object")
@@ -282,7 +294,8 @@ def calibrate(
     """Judge built models whose mechanism is known, and write the table into a directory; a second start goes on.
 
     Every family, size and seed is judged untouched; every nuisance is put on one seed of every family and size, the
-    seeds in turn. Of trained families one network is stored for each size, and stands for all seeds.
+    seeds in turn. The first seed of each, untouched, is given every test, all others those that the rule reads. Of
+    trained families one network is stored for each size, and stands for all seeds.
 
     Args:
         out: Directory for ``calibration.parquet``, ``calibration.csv`` and a file per model.
@@ -302,6 +315,8 @@ def calibrate(
     for name in chosen:
         if name not in SIZES:
             raise UnknownName("family", name, SIZES)
+        if families is not None and not SIZES[name]:
+            raise BadInput(f"no network of the family {name!r} is stored: expected one of those that are built")
     if seeds < 1 or (workers is not None and workers < 1):
         raise BadInput(f"seeds = {seeds}, workers = {workers}: expected at least 1")
     executor.prepare()

@@ -22,10 +22,11 @@ from circuits.errors import BadInput, CircuitsError, CorruptRun, UnknownName
 from circuits.reference import known_circuits
 from circuits.reference.known_circuits import KNOWN_CIRCUITS, KnownCircuit
 
-FORMAT = 3
+FORMAT = 4
 N_PAIRS = 64
 SEEDS = (0, 1, 2)
 HELD_OUT = 1000
+SPARE = 4
 """Added to the seed of the pairs that measure how faithful a circuit is."""
 TRUTHS = ("program", "active")
 RULED = ("eap+gim", "eap+relp")
@@ -254,7 +255,14 @@ def _row(truth: KnownCircuit, method: str, seed: int) -> dict[str, Any]:
     }
     if not truth.active:
         return row | {"status": "no edge is active under these pairs"}
-    others = known_circuits.build(truth.name, n_pairs=n, seed=seed + HELD_OUT).pairs
+    # more than are wanted, as small models have few inputs and pairs that were seen do not count
+    others = known_circuits.build(truth.name, n_pairs=SPARE * n, seed=seed + HELD_OUT).pairs.without(truth.pairs)
+    others = others.take(torch.arange(min(n, len(others))))
+    seen = {tuple(tokens) for tokens in truth.pairs.clean.tolist()}
+    row["n_held_out"] = len(others)
+    row["seen_inputs"] = sum(tuple(tokens) in seen for tokens in others.clean.tolist()) / max(1, len(others))
+    if not len(others):
+        return row | {"status": "no pair is left that the methods did not see: lower n_pairs"}
     name, _, rules = method.partition("+")
     options = ({"seed": seed} if "seed" in _options(name) else {}) | ({"rules": rules} if rules else {})
     try:

@@ -91,6 +91,16 @@ class Pairs:
         """Return some of the pairs, by index or mask."""
         return self._each(lambda tensor: tensor[rows])
 
+    def without(self, seen: Pairs) -> Pairs:
+        """Return the pairs that are not among others, of equal length: what was found on those knows nothing of them.
+
+        A pair is the same where its clean and its corrupt input are; that an input occurs in another pair is allowed.
+        """
+        known = {tuple(row) for row in torch.cat([seen.clean, seen.corrupt], 1).tolist()}
+        rows = torch.cat([self.clean, self.corrupt], 1).tolist()
+        new = torch.tensor([tuple(row) not in known for row in rows], dtype=torch.bool, device=self.clean.device)
+        return self.take(new)
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Pairs:
         tensors = (self.clean, self.corrupt, self.position, self.correct, self.wrong)
         clean, corrupt, position, correct, wrong = (change(tensor) for tensor in tensors)

@@ -13,7 +13,11 @@ from circuits.errors import BadInput, UnknownName
 from circuits.study import calibration
 from circuits.study.calibration import Calibration, calibrate
 
-SMALL = {"fourier-pizza": ({"p": 23, "frequencies": 3},), "random-init": ({"p": 11},)}
+SMALL = {
+    "fourier-pizza": ({"p": 23, "frequencies": 3},),
+    "number-line": ({"n": 12},),  # which has tests that a modular task has not, and lacks others
+    "random-init": ({"p": 11},),
+}
 
 
 @pytest.fixture
@@ -25,7 +29,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_are_single_verdicts_and_are_not_computed_twice(small: None, tmp_path: Path) -> None:
     found = calibrate(tmp_path, seeds=2, progress=False)
-    assert len(found.table) == 2 * (2 + 2)
+    assert len(found.table) == 3 * (2 + 2)
     model, task, truth = reference.build("fourier-pizza", seed=1, p=23, frequencies=3)
     verdict = mechanisms.explain(model, task, budget="quick")
     table = found.table
@@ -39,12 +43,15 @@ def test_rows_are_single_verdicts_and_are_not_computed_twice(small: None, tmp_pa
     pd.testing.assert_frame_equal(again.table, found.table)
     stored = pd.read_parquet(tmp_path / "calibration.parquet")
     named = {"family", "nuisance", "size", "seed", "truth", "label", "mechanism"}
-    assert {*named, "accuracy-gate", *mechanisms.DECIDING} <= set(stored)
+    assert {*named, "accuracy-gate", *mechanisms.DECIDING, *mechanisms.MODULAR, "taxonomy"} <= set(stored)
+    assert stored["interchange.low_digit_of_a"].notna().sum() == (stored["family"] == "number-line").sum()
+    # one untouched model of each size is given every test
+    assert stored.loc[stored["taxonomy"].notna(), "seed"].eq(0).all()
 
 
 def table(rows: list[tuple[str, str, str, str | None, float]], path: Path) -> Calibration:
     frame = pd.DataFrame(rows, columns=["family", "truth", "label", "mechanism", "spectral"])
-    return Calibration(frame, path)
+    return Calibration(frame.assign(size="n 5", seed=range(len(frame))), path)
 
 
 def test_the_figures_add_up(tmp_path: Path) -> None:
@@ -94,4 +101,4 @@ def test_the_command_writes_a_page_and_prints_the_figures(
     page = (tmp_path / "report.html").read_text()
     assert "algorithm/fourier" in page and "http://" not in page
     assert cli.main(["calibrate", "--out", str(tmp_path), "--seeds", "1", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)) == 6
+    assert len(json.loads(capsys.readouterr().out)) == 9

@@ -287,7 +287,7 @@ def test_a_built_clock_is_not_and_does_not() -> None:
 
 
 def test_only_a_fourier_verdict_has_a_sub_label() -> None:
-    model, task, _ = reference.build("fourier-clock", p=31, frequencies=4)
+    model, task, _ = reference.build("fourier-clock", p=23, frequencies=4)
     verdict = mechanisms.explain(model, task)
     assert verdict.mechanism == "fourier" and verdict.sub_label in ("clock", "mixed")
     assert "a description and no verdict" in verdict.why

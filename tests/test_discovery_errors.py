@@ -74,8 +74,9 @@ def test_no_analysis_changes_the_model_or_the_callers_hooks_even_when_it_fails(a
         before = state_of(model)
         ANALYSES[analysis](model, pairs)
         assert same(before, state_of(model)) and seen
-        with pytest.raises(RuntimeError, match="this metric breaks"):
-            ANALYSES[analysis](model, pairs, metric=broken)
+        if analysis != "information-flow-routes":  # which has no use for a metric
+            with pytest.raises(RuntimeError, match="this metric breaks"):
+                ANALYSES[analysis](model, pairs, metric=broken)
         assert same(before, state_of(model))
 
 

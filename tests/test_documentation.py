@@ -65,6 +65,7 @@ def test_the_example_test_returns_evidence(contributed, task, model) -> None:
     assert evidence.control is not None and 0 <= evidence.control <= 1
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("page", ["README.md"])
 def test_the_five_lines_of_the_readme_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -40,7 +40,8 @@ def test_building_leaves_the_global_random_state_alone_and_gives_a_model_at_rest
 @pytest.mark.parametrize("name", sorted(REFERENCES))
 def test_a_bridge_gives_the_same_logits(name: str) -> None:
     model, task, _ = build(name)
-    tokens = task.encode(table(task)[::7]).inputs
+    operands = table(task)
+    tokens = task.encode(operands[:: max(1, len(operands) // 500)]).inputs
     with torch.no_grad():
         ours, theirs = model(tokens), model.to_bridge()(tokens)
     assert (ours - theirs).abs().max() <= 1e-4 * ours.abs().max()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -142,9 +143,14 @@ def test_a_shard_is_one_of_n(shard: str) -> None:
         plan.shard_of([], shard)
 
 
+@functools.cache
+def quick_runs() -> list[plan.Planned]:
+    return list(plan.plan(grid.parse(read_toml("arithmetic-quick")), Path("x")))
+
+
 @given(n=st.integers(1, 40))
 def test_shards_cover_the_runs_without_overlap(n: int) -> None:
-    runs = plan.plan(grid.parse(read_toml("arithmetic-quick")), Path("x"))
+    runs = quick_runs()
     shards = [plan.shard_of(runs, f"{i}/{n}") for i in range(1, n + 1)]
     assert sorted(run.id for shard in shards for run in shard) == sorted(run.id for run in runs)
     assert max(map(len, shards)) - min(map(len, shards)) <= 1

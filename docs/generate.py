@@ -5,6 +5,7 @@ A new entry in one of the dicts has its page with the next build; nothing here n
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import inspect
 import json
@@ -123,11 +124,42 @@ def page(name: str, entry: Any, table: Table) -> str:
     public = hasattr(table.module, entry.__name__)
     path = f"{table.module.__name__ if public else entry.__module__}.{entry.__name__}"
     usage = table.usage.format(name=name, function=entry.__name__)
+    measured = separation(name) if table.folder == "tests" else ""
     return (
         f"# {name}\n\n```python\nimport circuits as cx\n\n{usage}\n```\n\n"
         f"```{{eval-rst}}\n.. {directive}:: {path}\n   :no-index:\n{option}```\n\n"
-        f"Source code: `{entry.__module__.replace('.', '/')}.py`.\n"
+        f"Source code: `{entry.__module__.replace('.', '/')}.py`.\n{measured}"
     )
+
+
+def separation(test: str) -> str:
+    """Return which families of reference models a test's value tells apart, as ``circuits calibrate`` measured it."""
+    with (Path(__file__).parent / "separation.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["test"] == test]
+    if not rows:
+        return "\n## Measured separation\n\nNo pair of families of reference models has values of this test.\n"
+    # below one half the other family has the higher values, which tells the two apart as well
+    areas = {(row["family"], row["other"]): max(float(row["auroc"]), 1 - float(row["auroc"])) for row in rows}
+    families = families_of(areas)
+    header = "| | " + " | ".join(families[1:]) + " |\n|---|" + "---|" * len(families[1:])
+    lines = [
+        f"| {one} | "
+        + " | ".join(f"{areas[one, other]:.2f}" if (one, other) in areas else "" for other in families[1:])
+        + " |"
+        for one in families[:-1]
+    ]
+    return (
+        "\n## Measured separation\n\n"
+        "Area under the ROC curve of telling two families of [reference models](../references.md) apart by this value: "
+        "1 always, 0.5 never. Models that have learned their task, as in [calibration](../../calibration.md).\n\n"
+        + "\n".join([header, *lines])
+        + "\n"
+    )
+
+
+def families_of(areas: Mapping[tuple[str, str], float]) -> list[str]:
+    """Return the families of some pairs, in the order in which they first come."""
+    return list(dict.fromkeys([one for one, _ in areas] + [other for _, other in areas]))
 
 
 def commands_page() -> str:

@@ -142,6 +142,18 @@ def whole_table(p: int = 19) -> Reference:
     return Reference(wire(task, mechanism, generator=torch.Generator().manual_seed(0)), task, "memorisation/pairs")
 
 
+def listed_digits(n: int = 20) -> Reference:
+    """A list of all pairs on the digits of both operands: stored as a column algorithm would, and added by none."""
+    task, x = Addition(n=n, block=4), torch.arange(n)
+    code, pairs = torch.cat([one_hot(x % 10, 10), one_hot(x // 10, n // 10)], dim=1), table(task)
+    w_in = torch.cat([code[pairs[:, 0]].T, code[pairs[:, 1]].T])
+    votes = one_hot(task.answer(pairs), 2 * n - 1)
+    mlp = Neurons(w_in, torch.full((len(pairs),), -3.0, dtype=DOUBLE), votes)
+    mechanism = Mechanism(code, "apart", (mlp,), 20 * torch.eye(2 * n - 1, dtype=DOUBLE))
+    model = wire(task, mechanism, generator=torch.Generator().manual_seed(0))
+    return Reference(model, task, "memorisation/pairs")
+
+
 def waves_where(inside: Callable[[Tensor, Tensor], Tensor], p: int = 31, frequencies: int = 6) -> Reference:
     """Frequencies where ``inside`` says so, and a list of pairs elsewhere, which overrules them."""
     task, generator = ModularAddition(p=p), torch.Generator().manual_seed(0)
@@ -190,6 +202,7 @@ CONSTRUCTIONS: dict[str, Callable[[], Reference]] = {
     "columns without cascade": lambda: build("columns", n=60, cascade=False),
     "uneven ranges": uneven_ranges,
     "a list of all pairs": whole_table,
+    "a list of all pairs of digits": listed_digits,
     "frequencies for small a": lambda: waves_where(lambda a, b: a < 20),
     "frequencies for small sums": lambda: waves_where(lambda a, b: a + b < 31),
     "frequencies for odd b": lambda: waves_where(lambda a, b: b % 2 == 1),

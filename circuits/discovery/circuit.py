@@ -303,7 +303,14 @@ def mean_interval(
     """Return the percentile-bootstrap interval, low and high, of each column's mean over resampled pairs.
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
+
+    Raises:
+        BadInput: ``level`` is not between 0 and 1, or ``resamples`` is less than 1.
     """
+    if not 0 < level < 1:
+        raise BadInput(f"level = {level}: expected a share between 0 and 1, such as 0.95")
+    if resamples < 1:
+        raise BadInput(f"resamples = {resamples}: expected at least 1")
     counts = torch.from_numpy(resampling_counts(len(values), seed=seed, resamples=resamples))
     weights = counts.to(values) / len(values)
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2]).to(values)

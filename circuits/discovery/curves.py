@@ -28,8 +28,8 @@ Interval = tuple[float, float]
 class Faithfulness:
     """How much of the metric's gap circuits of growing size recover, with the areas CPR and CMD.
 
-    Intervals are 95 % percentile-bootstrap intervals over pairs; those of the random circuits span their 2.5th to
-    97.5th percentile over draws.
+    Intervals are 95 % percentile-bootstrap intervals over pairs; those of the random circuits go from the lowest to the
+    highest draw.
     """
 
     curve: pd.DataFrame
@@ -185,7 +185,7 @@ def summarise(
         areas[name] = float(_area(name, x, point[:, parts[which]])[0])
         areas[f"{name}_interval"] = _span(_area(name, x, draws[:, parts[which]]))
         areas[f"{name}_random"] = float(np.mean(random))
-        areas[f"{name}_random_interval"] = _span(np.array(random))
+        areas[f"{name}_random_interval"] = (float(min(random)), float(max(random)))
     return Faithfulness(
         curve=_frame(table, point, draws, curves, parts, connected),
         metric_full=full,
@@ -240,7 +240,7 @@ def _frame(
     control = parts[2:]
     for j, (share, size) in enumerate(zip(curves[2].x, curves[2].sizes, strict=True)):
         sets = [part.start + j for part in control]
-        low, high = _span(point[0, sets])
+        low, high = float(point[0, sets].min()), float(point[0, sets].max())
         mean_connected = float(np.mean([connected[i] for i in sets]))
         rows.append(_row("random", size, mean_connected, share, table[sets].mean(), point[0, sets].mean(), low, high))
     return pd.DataFrame(rows)

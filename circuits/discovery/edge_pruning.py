@@ -10,7 +10,7 @@ from torch import Tensor
 
 from circuits.discovery.ablate import name_of_ablation
 from circuits.discovery.circuit import Circuit
-from circuits.discovery.learned_masks import fit, hard_concrete, kept_probability
+from circuits.discovery.learned_masks import check_rates, fit, hard_concrete, kept_probability
 from circuits.discovery.metrics import Metric, name_of
 from circuits.discovery.sites import sites_of
 from circuits.errors import BadInput
@@ -78,6 +78,7 @@ def edge_pruning(
         raise BadInput(f"sparsity = {sparsity}: expected a share of the edges between 0 and 1")
     if mask_samples < 1:
         raise BadInput(f"mask_samples = {mask_samples}: expected at least 1")
+    check_rates(learning_rate=learning_rate, multiplier_rate=multiplier_rate)
     pairs = pairs.to(model.cfg.device)
     sites = sites_of(model)
     log_alpha = torch.full((sites.graph.n_edges,), 2.0, device=pairs.clean.device, requires_grad=True)

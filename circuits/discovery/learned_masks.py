@@ -27,6 +27,17 @@ BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
 """Temperature and stretch of the hard-concrete distribution, the values of Louizos et al. 2018, section 4."""
 
 
+def check_rates(**rates: float) -> None:
+    """Check learning rates.
+
+    Raises:
+        BadInput: one is not a finite number above 0.
+    """
+    for name, value in rates.items():
+        if not 0 < value < math.inf:
+            raise BadInput(f"{name} = {value}: expected a number above 0")
+
+
 def fit(
     model: HookedModel,
     sites: Sites,

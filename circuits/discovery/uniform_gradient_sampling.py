@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from circuits.discovery.ablate import name_of_ablation
 from circuits.discovery.circuit import Circuit
-from circuits.discovery.learned_masks import fit
+from circuits.discovery.learned_masks import check_rates, fit
 from circuits.discovery.metrics import Metric, name_of
 from circuits.discovery.optimal_ablation import starting_constants
 from circuits.discovery.sites import sites_of
@@ -76,10 +77,11 @@ def uniform_gradient_sampling(
         Diverged: the loss is not finite.
         UnsupportedModel: the model has a part that edges cannot represent.
     """
-    if price < 0:
+    if not 0 <= price < math.inf:
         raise BadInput(f"price = {price}: expected 0 or more")
     if mask_samples < 1:
         raise BadInput(f"mask_samples = {mask_samples}: expected at least 1")
+    check_rates(learning_rate=learning_rate, constant_rate=constant_rate)
     pairs = pairs.to(model.cfg.device)
     sites = sites_of(model)
     logit = torch.full((sites.graph.n_edges,), 2.0, device=pairs.clean.device, requires_grad=True)

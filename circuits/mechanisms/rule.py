@@ -282,7 +282,9 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
     base = swap.number("digit_base")
     if min(units, tens) >= rule.interchange:
         low, high, base = units, tens, 10
-    passes = min(low, high) >= rule.interchange and swap.number("line") <= rule.columns_line
+    # Swaps say how the operands are stored. A list of pairs, or ranges, of numbers stored by digits adds no columns.
+    listed = any(by[test].passed for test in ("pair-lookup", *HEURISTICS) if test in by)
+    passes = min(low, high) >= rule.interchange and swap.number("line") <= rule.columns_line and not listed
     return passes, (
         f"swapping the low or the high digit alone, in base {base:.0f}, changes the answer as predicted in {low:.0%} "
         f"and {high:.0%}"

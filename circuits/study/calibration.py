@@ -298,7 +298,7 @@ def calibrate(
     trained families one network is stored for each size, and stands for all seeds.
 
     Args:
-        out: Directory for ``calibration.parquet``, ``calibration.csv`` and a file per model.
+        out: Directory for ``calibration.parquet``, ``calibration.csv``, ``separation.csv`` and a file per model.
         families: Names of ``SIZES``; None: all.
         seeds: How many.
         workers: Processes at a time; None: the number of cores.
@@ -361,11 +361,14 @@ def _written(rows: Sequence[Mapping[str, Any]], folder: Path) -> pd.DataFrame:
     import io
 
     table = pd.DataFrame(rows)
-    said = Calibration(table, folder).likelihood()
+    calibration = Calibration(table, folder)
+    said = calibration.likelihood()
     for kind in ("family left out", "family known"):
         table[f"likelihood, {kind}"] = said[kind].astype("string")
     data = io.BytesIO()
     table.to_parquet(data, index=False)
     atomic_write(folder / "calibration.parquet", data.getvalue())
     atomic_write(folder / "calibration.csv", table.to_csv(index=False).encode())
+    areas = calibration.separation().to_csv(index=False, float_format="%.3f", lineterminator="\n")
+    atomic_write(folder / "separation.csv", areas.encode())
     return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import textwrap
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -208,7 +209,9 @@ def explain(
         print(f"{verdict.why}\n")
         columns = ["value", "low", "high", "control", "threshold", "passed", "seconds"]
         print(_text(verdict.to_frame()[columns].reset_index()))
-        print(f"\nrule {verdict.rule}, {budget} budget: {sum(e.seconds for e in verdict.items):.1f} s")
+        print(f"\n{budget} budget: {sum(e.seconds for e in verdict.items):.1f} s")
+        thresholds = " ".join(f"{name}={value:g}" for name, value in verdict.thresholds.items())
+        print(textwrap.fill(f"rule {verdict.rule}: {thresholds}", 100, subsequent_indent="  "))
     return 0
 
 

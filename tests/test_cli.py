@@ -77,6 +77,7 @@ def test_explain_and_discover_a_run(trained: Path, tmp_path: Path, capsys: pytes
     assert mechanisms.Verdict.load(tmp_path).label == verdict["label"]
     quick = output_of(capsys, "explain", trained, "--budget", "quick")
     assert quick.startswith(verdict["label"]) and "seconds" in quick and "quick budget: " in quick
+    assert f"rule {mechanisms.VERSION}: learned_train=0.95 generalises=0.95" in quick
     found = json.loads(output_of(capsys, "discover", trained, "--pairs", "8", "--top", "3", "--json"))
     assert len(found["edges"]) == 3
     assert {"cpr", "cmd"} <= found.keys()

@@ -88,7 +88,9 @@ def test_neuron_circuits_are_evaluated_as_others_are() -> None:
     complete = discovery.completeness(model, top, pairs, n_random=3, greedy_steps=1, greedy_candidates=2)
     keep = torch.stack([torch.ones_like(top.kept), torch.zeros_like(top.kept), top.kept])
     full, empty, own = ablated_metric(model, pairs, keep, neurons=True).double().mean(1).tolist()
-    assert complete.knockouts["of_circuit"][0] == pytest.approx((own - empty) / (full - empty), abs=1e-5)
+    judged = ablated_metric(model, pairs, keep, neurons=True).double()[:, 1::2].mean(1).tolist()
+    share = (judged[2] - judged[1]) / (judged[0] - judged[1])
+    assert complete.knockouts["of_circuit"][0] == pytest.approx(share, abs=1e-5)
     frame = discovery.minimality(model, top, pairs)
     assert len(frame) == top.n_kept and any(".n" in source for source in frame["source"])
     row = frame.iloc[-1]
@@ -96,7 +98,7 @@ def test_neuron_circuits_are_evaluated_as_others_are() -> None:
     less[circuit.graph.index(row["source"], row["reader"])] = False
     without = float(ablated_metric(model, pairs, less[None], neurons=True).double().mean())
     assert row["effect"] == pytest.approx((without - own) / abs(full - empty), abs=1e-4)
-    tests = discovery.hypothesis_tests(model, top, pairs, n_random=5)
+    tests = discovery.hypothesis_tests(model, top, pairs, n_random=44, permutations=99)
     assert len(tests.edges) == top.n_kept and tests.edges["source"].tolist() == [source for source, _ in top.edges]
     truth = [edge for edge in top.edges if edge[0].startswith("m")][:1]
     merged = discovery.edge_accuracy(circuit, truth, components=True)

@@ -68,6 +68,14 @@ class Verdict:
         return any(item.test == test for item in self.items)
 
     @property
+    def thresholds(self) -> dict[str, float]:
+        """The rule's thresholds by name; none if the verdict was made by another version of the rule than this one."""
+        # the rule makes verdicts, so that it cannot be known before them
+        from circuits.mechanisms.rule import VERSION, rule_table
+
+        return rule_table() if self.rule == VERSION else {}
+
+    @property
     def evidence(self) -> pd.DataFrame:
         """The evidence as a table, one row per test."""
         return self.to_frame()
@@ -142,7 +150,9 @@ class Verdict:
         head = f"<b>{escape(self.label)}</b>" + (f" · {escape(self.mechanism)}" if self.mechanism else "")
         columns = ["value", "low", "high", "control", "threshold", "passed", "seconds"]
         table = self.to_frame()[columns].to_html(float_format=lambda v: f"{v:.3f}")
-        return f"<p>{head}<br>{escape(self.why)}</p>{table}<p>rule {escape(self.rule)}</p>"
+        shown = "".join(f"<tr><td>{name}</td><td>{value:g}</td></tr>" for name, value in self.thresholds.items())
+        rule = f"<details><summary>rule {escape(self.rule)}</summary><table>{shown}</table></details>"
+        return f"<p>{head}<br>{escape(self.why)}</p>{table}{rule}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the verdict as JSON data; not-a-number becomes null."""

@@ -136,10 +136,24 @@ def test_the_file_is_as_the_leaderboard_reads_it(tmp_path: Path) -> None:
     assert json.loads(save_mib(parallel, tmp_path / "p.json", d_model=8).read_text())["cfg"]["parallel_attn_mlp"]
 
 
+def test_shared_keys_and_values_stand_once_for_each_query_head(tmp_path: Path) -> None:
+    model = hugging_face("Llama")
+    circuit = eap(model, some_pairs(2)).top(9)
+    path = save_mib(circuit, tmp_path / "c.json", d_model=8)
+    again = load_mib(path, circuit.graph)
+    assert torch.equal(again.kept, circuit.kept) and close(again.scores, circuit.scores, 1e-6)
+    stored = json.loads(path.read_text())
+    group = model.cfg.n_heads // model.cfg.n_key_value_heads
+    assert group > 1 and not any(".kv" in name for name in stored["edges"])
+    whole = -float(circuit.scores[circuit.graph.index("embed", "a0.kv0.k")])
+    for head in range(group):
+        assert stored["edges"][f"input->a0.h{head}<k>"]["score"] == pytest.approx(whole / group)
+    used = {end for name, edge in stored["edges"].items() if edge["in_graph"] for end in name.split("<")[0].split("->")}
+    assert used <= {name for name, node in stored["nodes"].items() if node["in_graph"]}
+
+
 def test_files_and_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     circuit = eap(build(), some_pairs(2))
-    with pytest.raises(BadInput, match=r"a0\.kv0\.k is shared by several query heads"):
-        save_mib(eap(hugging_face("Llama"), some_pairs(2)), tmp_path / "c.json", d_model=8)
     path = save_mib(circuit, tmp_path / "c.json", d_model=8)
     with pytest.raises(BadInput, match="is not in this model's graph"):
         load_mib(path, Graph.build(1, 2))

@@ -22,7 +22,8 @@ def save_mib(circuit: Circuit, path: Path | str, *, d_model: int) -> Path:
     the edge helps: signed scores change their sign (ours is the effect of ablating the edge). Edges from a position
     embedding have no place there and are left out: with inputs of one length ablating them changes nothing. The format
     has whole MLPs, and a head's query, key and value apart. Its reader gives an attention-only model MLPs with scores
-    of zero.
+    of zero. Where query heads share keys and values, the format has the shared edge once for each of them: the score is
+    divided among these, and reading the file adds it up again.
 
     Args:
         circuit: The circuit; which edges are kept becomes ``in_graph``.
@@ -32,25 +33,25 @@ def save_mib(circuit: Circuit, path: Path | str, *, d_model: int) -> Path:
     Source: aaronmueller/MIB-circuit-track and hannamw/EAP-IG, ``Graph.to_json``.
 
     Raises:
-        BadInput: query heads share keys and values, sources are neurons, or heads are merged, none of which the format
-            can say.
+        BadInput: sources are neurons, or heads are merged, neither of which the format can say.
         StorageError: the file cannot be written.
     """
     names = _names(circuit.graph)
     scores = (-circuit.scores if circuit.signed else circuit.scores).tolist()
     kept = circuit.kept.tolist()
     in_graph = {_node(end) for i, edge in enumerate(circuit.graph.edges) if kept[i] for end in edge}
+    in_graph |= {end for name, (i, _) in names.items() if kept[i] for end in name.split("<")[0].split("->")}
     nodes = {_node(name): {"in_graph": _node(name) in in_graph} for name in circuit.graph.sources}
     nodes.pop("pos_embed", None)
     layers = [re.fullmatch(r"a(\d+)\.h(\d+)", name) for name in circuit.graph.sources]
-    heads = [(int(found[1]), int(found[2])) for found in layers if found]
+    places = [(int(found[1]), int(found[2])) for found in layers if found]
     config = {
-        "n_layers": 1 + max(layer for layer, _ in heads),
-        "n_heads": 1 + max(head for _, head in heads),
+        "n_layers": 1 + max(layer for layer, _ in places),
+        "n_heads": 1 + max(head for _, head in places),
         "parallel_attn_mlp": _parallel(circuit.graph),
         "d_model": d_model,
     }
-    edges = {name: {"score": scores[i], "in_graph": kept[i]} for name, i in names.items()}
+    edges = {name: {"score": scores[i] / heads, "in_graph": kept[i]} for name, (i, heads) in names.items()}
     nodes |= {"logits": {"in_graph": "logits" in in_graph}}
     write_json(path, {"cfg": config, "nodes": nodes, "edges": edges})
     return Path(path)
@@ -80,21 +81,25 @@ def load_mib(path: Path | str, graph: Graph) -> Circuit:
         where = "not in this model's graph" if odd[0] in edges else "not in the file"
         raise BadInput(f"edge {odd[0]} is {where} ({len(odd)} such edges): expected the circuit of this very model")
     scores, kept = torch.zeros(graph.n_edges), torch.ones(graph.n_edges, dtype=torch.bool)
-    for name, i in names.items():
+    kept[[i for i, _ in names.values()]] = False
+    for name, (i, _) in names.items():
         entry: Any = edges[name]
         if not isinstance(entry, Mapping) or not isinstance(entry.get("in_graph"), bool | int):
             raise CorruptRun(f"{path} has no in_graph for edge {name}: expected a circuit of the MIB leaderboard")
         score = entry.get("score")
         if score is not None and not isinstance(score, int | float):
             raise CorruptRun(f"{path} has the score {score!r} for edge {name}: expected a number")
-        scores[i] = 0.0 if score is None else -float(score)
-        kept[i] = bool(entry["in_graph"])
+        scores[i] -= 0.0 if score is None else float(score)
+        kept[i] |= bool(entry["in_graph"])
     return Circuit(graph, scores, kept, "mib", "mib", None, {"file": Path(path).name})
 
 
-def _names(graph: Graph) -> dict[str, int]:
-    """The leaderboard's name of every edge that it has a name for, with the edge's number."""
-    names: dict[str, int] = {}
+def _names(graph: Graph) -> dict[str, tuple[int, int]]:
+    """The leaderboard's names of edges, each with the number of the edge, and how many names that edge has."""
+    names: dict[str, tuple[int, int]] = {}
+    layer = [name for name in graph.readers if re.fullmatch(r"a0\.h\d+\.q", name)]
+    shared = [name for name in graph.readers if re.fullmatch(r"a0\.kv\d+\.k", name)]
+    group = len(layer) // len(shared) if shared else 1
     if graph.has_neurons:
         raise BadInput(
             "the sources are neurons of MLPs: the leaderboard's format has edges from whole MLPs alone; expected a "
@@ -106,15 +111,15 @@ def _names(graph: Graph) -> dict[str, int]:
                 f"{reader} is read as a whole: the leaderboard's format has a head's query, key and value apart; "
                 f"expected a circuit that is not merged()"
             )
-        if ".kv" in reader:
-            raise BadInput(
-                f"{reader} is shared by several query heads: the leaderboard's format has keys and values per query "
-                f"head; expected a model without grouped-query attention"
-            )
         if source == "pos_embed":
             continue
-        head, _, kind = reader.rpartition(".")
-        names[f"{_node(source)}->{f'{head}<{kind}>' if kind in tuple('qkv') else reader}"] = i
+        if found := re.fullmatch(r"(a\d+)\.kv(\d+)\.([kv])", reader):
+            first = int(found[2]) * group
+            for head in range(first, first + group):
+                names[f"{_node(source)}->{found[1]}.h{head}<{found[3]}>"] = (i, group)
+            continue
+        head_name, _, kind = reader.rpartition(".")
+        names[f"{_node(source)}->{f'{head_name}<{kind}>' if kind in tuple('qkv') else reader}"] = (i, 1)
     return names
 
 

@@ -1,4 +1,4 @@
-"""Memory budgets: what the tensors of a call take together, and what the process does."""
+"""Memory budgets: what the tensors of a call take together."""
 
 from __future__ import annotations
 
@@ -75,23 +75,25 @@ CALLS: dict[str, Callable[..., Any]] = {
         for name in METHODS
         if name not in LEARNED
     },
-    "edge-pruning": lambda model, pairs, **o: attribute(
-        model, pairs, method="edge-pruning", **o, steps=2, batch_size=len(pairs)
-    ),
+    **{
+        name: lambda model, pairs, name=name, **o: attribute(
+            model, pairs, method=name, **o, steps=2, batch_size=len(pairs)
+        )
+        for name in LEARNED
+    },
+    "constants": lambda model, pairs, **o: discovery.optimal_constants(model, pairs, steps=2, batch_size=128, **o),
     "nodes": discovery.node_attribution,
+    "exact-nodes": discovery.exact_nodes,
     "patterns": discovery.attention_patterns,
     "positions": lambda model, pairs, **o: discovery.activation_patching(model, pairs, "positions", **o),
+    "neurons": lambda model, pairs, **o: discovery.activation_patching(model, pairs, "neurons", **o),
     "path": lambda model, pairs, **o: discovery.path_patching(model, pairs, ("embed", "a0.h1.v", "logits"), **o),
     "means": lambda model, pairs, **o: discovery.exact(model, pairs, ablation="mean", **o),
 }
 
 
-ENGINES = ("eap", "mask-ig", "exact", "acdc", "edge-pruning", "nodes", "patterns", "positions", "path", "means")
-"""One call of each way to run a model: the other methods run it as one of these does."""
-
-
-@pytest.mark.parametrize("call", ENGINES)
-def test_every_engine_keeps_its_budget_with_many_pairs(call: str) -> None:
+@pytest.mark.parametrize("call", CALLS)
+def test_every_method_keeps_its_budget_with_many_pairs(call: str) -> None:
     model, pairs = wide(), many_pairs(256)
     run = CALLS[call]
     budget = 3 * MB

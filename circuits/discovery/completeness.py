@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.discovery.circuit import Circuit, mean_interval
+from circuits.discovery.curves import ends_of_gap
 from circuits.discovery.evaluate import ablated_metric
 from circuits.discovery.graph import Graph
 from circuits.discovery.metrics import Metric, logit_difference, name_of
@@ -121,7 +122,8 @@ def completeness(
     searched = judged = slice(None)
     if greedy_steps and len(pairs) > 1:
         searched, judged = slice(0, None, 2), slice(1, None, 2)
-    full, empty = _ends(measure(torch.stack([~none, none]))[:, judged], metric)
+    empty_scores, full_scores = measure(torch.stack([none, ~none]))[:, judged].numpy()
+    empty, full = ends_of_gap(empty_scores, full_scores, name_of(metric))
     removed = [none, *random]
     kinds = ["none"] + ["random"] * n_random
     grown = none
@@ -186,7 +188,8 @@ def minimality(
     options: dict[str, Any] = {"metric": metric, "ablation": ablation, "neurons": circuit.graph.has_neurons}
     found = ablated_metric(model, pairs, sets.to(circuit.kept.device), progress=progress, **options)
     scores = found.double().cpu()
-    full, empty = _ends(scores[:2], metric)
+    full_scores, empty_scores = scores[:2].numpy()
+    empty, full = ends_of_gap(empty_scores, full_scores, name_of(metric))
     effects = (scores[3:] - scores[2]) / abs(full - empty)
     low, high = mean_interval(effects.T, seed=seed)
     frame = pd.DataFrame(
@@ -199,17 +202,6 @@ def minimality(
         }
     )
     return frame.sort_values("effect", key=abs, kind="stable", ignore_index=True)
-
-
-def _ends(scores: Float[Tensor, "2 pair"], metric: Metric) -> tuple[float, float]:
-    """Return the mean metric of the whole model and of the model with every edge ablated, which must differ."""
-    full, empty = scores.mean(1).tolist()
-    if abs(full - empty) <= 1e-6 * float(scores.abs().mean()):
-        raise BadInput(
-            f"ablating every edge takes {name_of(metric)} from {full:.4g} to {empty:.4g}: there is no gap to measure "
-            f"by; expected pairs whose corruption changes the model's answer"
-        )
-    return full, empty
 
 
 def _checked(model: HookedModel, circuit: Circuit) -> Bool[Tensor, " edge"]:

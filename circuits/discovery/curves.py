@@ -168,12 +168,7 @@ def summarise(
     if not np.isfinite(table).all():
         bad = int((~np.isfinite(table)).any(0).sum())
         raise BadInput(f"metric {metric} is not finite on {bad} of {n} pairs: check the model and the metric")
-    empty, full = (float(row.mean()) for row in table[:2])
-    if abs(full - empty) <= 1e-6 * float(np.abs(table[:2]).mean()):
-        raise BadInput(
-            f"ablating every edge takes {metric} from {full:.4g} to {empty:.4g}: there is no gap for a circuit to "
-            f"recover; expected pairs whose corruption changes the model's answer"
-        )
+    empty, full = ends_of_gap(table[0], table[1], metric)
     point = _share_of_gap(table, np.full((1, n), 1 / n))
     draws = _share_of_gap(table, resampling_counts(n, seed=seed) / n)
     ends = np.cumsum([2, *(len(curve.sizes) for curve in curves)])
@@ -199,6 +194,23 @@ def summarise(
         ablation=ablation,
         **areas,
     )
+
+
+def ends_of_gap(
+    empty: Float[np.ndarray, " pair"], full: Float[np.ndarray, " pair"], metric: str
+) -> tuple[float, float]:
+    """Return the mean metric with every edge ablated and of the whole model.
+
+    Raises:
+        BadInput: they are the same but for rounding.
+    """
+    low, high = float(empty.mean()), float(full.mean())
+    if abs(high - low) <= 1e-6 * float(np.abs([empty, full]).mean()):
+        raise BadInput(
+            f"ablating every edge takes {metric} from {high:.4g} to {low:.4g}: there is no gap for a circuit to "
+            f"recover; expected pairs whose corruption changes the model's answer"
+        )
+    return low, high
 
 
 def _share_of_gap(

@@ -97,9 +97,9 @@ def load_mib(path: Path | str, graph: Graph) -> Circuit:
 def _names(graph: Graph) -> dict[str, tuple[int, int]]:
     """The leaderboard's names of edges, each with the number of the edge, and how many names that edge has."""
     names: dict[str, tuple[int, int]] = {}
-    layer = [name for name in graph.readers if re.fullmatch(r"a0\.h\d+\.q", name)]
+    queries = [name for name in graph.readers if re.fullmatch(r"a0\.h\d+\.q", name)]
     shared = [name for name in graph.readers if re.fullmatch(r"a0\.kv\d+\.k", name)]
-    group = len(layer) // len(shared) if shared else 1
+    group = len(queries) // len(shared) if shared else 1
     if graph.has_neurons:
         raise BadInput(
             "the sources are neurons of MLPs: the leaderboard's format has edges from whole MLPs alone; expected a "

@@ -156,7 +156,7 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """Return the verdict as JSON data; not-a-number becomes null."""
-        return json.loads(json.dumps(_finite(asdict(self))))
+        return json.loads(json.dumps(finite_or_null(asdict(self))))
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Verdict:
@@ -194,14 +194,14 @@ class Verdict:
             raise CorruptRun(f"{path}: no readable verdict ({error}); run the analysis again") from error
 
 
-def _finite(value: Any) -> Any:
+def finite_or_null(value: Any) -> Any:
     """JSON has no not-a-number: write it as null."""
     if isinstance(value, float) and value != value:
         return None
     if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite_or_null(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite_or_null(v) for v in value]
     return value
 
 

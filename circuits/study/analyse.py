@@ -19,6 +19,7 @@ from circuits.mechanisms import Verdict
 from circuits.runs import Run
 from circuits.study.figure_data import figure_data
 from circuits.study.plan import Planned
+from circuits.tasks.base import Pairs
 
 FORMAT = 2
 PAIRS = 128
@@ -109,9 +110,10 @@ def analyse(run: Run, folder: Path) -> Analysis:
         mechanisms.explain(run.checkpoint(step), run.task, budget=BUDGET).save(make_directory(folder / "matched"))
     circuit = faithful = None
     if verdict.label != "not-learned":
-        circuit = discovery.attribute(run.model, run.task.pairs(PAIRS, seed=0))
+        examples = run.task.pairs(PAIRS, seed=0)
+        circuit = discovery.attribute(run.model, examples)
         circuit.save(folder / "circuit")
-        faithful = _faithfulness(run, circuit)
+        faithful = _faithfulness(run, circuit, examples)
         if faithful is not None:
             faithful.save(folder / "faithfulness")
     figures = figure_data(run.model, run.task, run.metrics)
@@ -126,11 +128,11 @@ def matched_step(run: Run) -> int | None:
     return min(steps, default=None)
 
 
-def _faithfulness(run: Run, circuit: Circuit) -> Faithfulness | None:
-    """How faithful the circuit is, None where the metric does not move when every edge is ablated."""
+def _faithfulness(run: Run, circuit: Circuit, seen: Pairs) -> Faithfulness | None:
+    """How faithful the circuit is on unseen pairs; None where the metric does not move when every edge is ablated."""
     try:
         others = run.task.pairs(PAIRS, seed=1)
-        unseen = others.without(run.task.pairs(PAIRS, seed=0))
+        unseen = others.without(seen)
         return discovery.faithfulness(run.model, circuit, unseen if len(unseen) else others, shares=SHARES)
     except BadInput as error:
         print(f"no faithfulness curve: {error}")

@@ -16,6 +16,7 @@ from circuits import mechanisms, reference
 from circuits._io import atomic_write, make_directory, read_json, write_json
 from circuits.errors import BadInput, CorruptRun, UnknownName
 from circuits.mechanisms import DESCRIBING, MODULAR, TESTS, VERSION
+from circuits.mechanisms.evidence import finite_or_null
 from circuits.reference.trained import stored_sizes
 from circuits.study import executor
 from circuits.study.tables import verdict_columns
@@ -150,13 +151,11 @@ def judged(case: Case) -> dict[str, Any]:
         "truth": truth if mechanisms.learned(gate) else "not-learned",
         "built": truth,
         **verdict_columns(verdict),
-        # not-a-number has no JSON
         **{
-            f"{test}.{key}": value if value == value else None
+            f"{test}.{key}": finite_or_null(verdict[test].number(key))
             for test, keys in FEATURES.items()
             if test in verdict
             for key in keys
-            for value in (verdict[test].number(key),)
         },
         **{f"{item.test}.passed": item.passed for item in verdict.items},
         "why": verdict.why,

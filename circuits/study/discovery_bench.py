@@ -26,8 +26,9 @@ FORMAT = 4
 N_PAIRS = 64
 SEEDS = (0, 1, 2)
 HELD_OUT = 1000
-SPARE = 4
 """Added to the seed of the pairs that measure how faithful a circuit is."""
+SPARE = 4
+"""Times as many of those are drawn as wanted: small models have few inputs, and pairs that were seen do not count."""
 TRUTHS = ("program", "active")
 RULED = ("eap+gim", "eap+relp")
 """Methods that are run under gradient rules too, as METHOD+RULES."""
@@ -255,7 +256,6 @@ def _row(truth: KnownCircuit, method: str, seed: int) -> dict[str, Any]:
     }
     if not truth.active:
         return row | {"status": "no edge is active under these pairs"}
-    # more than are wanted, as small models have few inputs and pairs that were seen do not count
     others = known_circuits.build(truth.name, n_pairs=SPARE * n, seed=seed + HELD_OUT).pairs.without(truth.pairs)
     others = others.take(torch.arange(min(n, len(others))))
     seen = {tuple(tokens) for tokens in truth.pairs.clean.tolist()}

@@ -132,7 +132,7 @@ def discover(
     run: Annotated[Positional[Path], arg(metavar="RUN_DIR")],
     /,
     *,
-    method: str = "eap-ig-inputs",
+    method: str | None = None,
     pairs: Annotated[int, arg(metavar="N")] = 256,
     change: str | None = None,
     seed: int = 0,
@@ -144,7 +144,8 @@ def discover(
 
     Args:
         run: directory of a finished run.
-        method: a discovery method (`circuits list methods`).
+        method: a discovery method (`circuits list methods`); by default every edge is patched exactly, beyond 2,000
+            edges eap-ig-inputs estimates.
         pairs: number of clean and corrupt input pairs.
         change: the variable that the pairs change (default: the task's).
         seed: seed of the pairs; those that measure how faithful the circuit is have the next one, without pairs
@@ -171,7 +172,7 @@ def discover(
         _print_json({"cpr": faithful.cpr, "cmd": faithful.cmd, "edges": _records(edges)})
     else:
         print(_text(edges))
-        about = f"{method}, on {len(others)} {'other pairs' if len(unseen) else 'of the same pairs'}, {faithful.sizes}"
+        about = f"{circuit.method}, on {len(others)} {'other pairs' if len(unseen) else 'of the same pairs'}, {faithful.sizes}"
         print(f"\nCPR {faithful.cpr:.3f}   CMD {faithful.cmd:.3f}   ({about})")
     return 0
 

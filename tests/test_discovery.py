@@ -245,3 +245,11 @@ def test_connected_edges_are_those_on_a_path_from_embeddings_to_logits(
         finish = nx.ancestors(whole, "in logits") | {"in logits"} if "in logits" in whole else set()
         expected = [(s, r) for s, r in edges if s in starts and f"in {r}" in finish]
         assert [e for e, k in zip(graph.edges, connected.tolist(), strict=True) if k] == expected
+
+
+def test_small_graphs_are_patched_exactly_unless_a_method_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = some_pairs(2)
+    assert discovery.attribute(build(), pairs).method == "exact"
+    monkeypatch.setattr(discovery, "EXACT_UP_TO", discovery.Graph.from_model(build()).n_edges - 1)
+    assert discovery.attribute(build(), pairs).method == "eap-ig-inputs"
+    assert discovery.attribute(build(), pairs, method="eap").method == "eap"

@@ -46,6 +46,7 @@ from circuits.tasks.base import Pairs
 
 __all__ = [
     "ANALYSES",
+    "EXACT_UP_TO",
     "GIM",
     "METHODS",
     "MIB_SHARES",
@@ -138,12 +139,26 @@ ANALYSES: Mapping[str, Callable[..., Any]] = {
 """What there is beside the methods: other scores, and what says how good a circuit is."""
 
 
-def attribute(model: HookedModel, pairs: Pairs, *, method: str = "eap-ig-inputs", **options: Any) -> Circuit:
+EXACT_UP_TO = 2_000
+"""Edges up to which ``attribute`` patches every edge exactly unless told otherwise: a few hundred forwards at most."""
+
+
+def attribute(model: HookedModel, pairs: Pairs, *, method: str | None = None, **options: Any) -> Circuit:
     """Return the circuit that a method of ``METHODS`` finds; ``options`` are the method's own arguments.
+
+    Args:
+        model: Ours or a ``TransformerBridge``.
+        pairs: Clean and corrupt inputs.
+        method: A name in ``METHODS``. None: ``exact`` for graphs of up to ``EXACT_UP_TO`` edges, where nothing need
+            be approximated, and ``eap-ig-inputs`` beyond; ``Circuit.method`` says which it was.
+        options: Passed on.
 
     Raises:
         UnknownName: no such method.
     """
+    if method is None:
+        n_edges = Graph.from_model(model, neurons=bool(options.get("neurons"))).n_edges
+        method = "exact" if n_edges <= EXACT_UP_TO else "eap-ig-inputs"
     name = method.replace("_", "-")
     if name not in METHODS:
         raise UnknownName("discovery method", method, METHODS)

@@ -172,7 +172,8 @@ def discover(
         _print_json({"cpr": faithful.cpr, "cmd": faithful.cmd, "edges": _records(edges)})
     else:
         print(_text(edges))
-        about = f"{circuit.method}, on {len(others)} {'other pairs' if len(unseen) else 'of the same pairs'}, {faithful.sizes}"
+        which = "other pairs" if len(unseen) else "of the same pairs"
+        about = f"{circuit.method}, on {len(others)} {which}, {faithful.sizes}"
         print(f"\nCPR {faithful.cpr:.3f}   CMD {faithful.cmd:.3f}   ({about})")
     return 0
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from circuits.mechanisms.evidence import Evidence, Verdict
 
-VERSION = "arithmetic-5"
+VERSION = "arithmetic-6"
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Thresholds:
     block_algorithm: float = 0.05
     block_heuristic: float = 0.20
     column_interchange: float = 0.95
+    digit_search: float = 0.95
+    digit_search_renamed: float = 0.20
 
 
 RULE = Thresholds()
@@ -147,6 +149,12 @@ def _generalising(
         return verdict("heuristics", None, f"No candidate algorithm passes, and {' and '.join(signs)}.")
     seen = f" One sign of heuristics: {signs[0]}." if signs else ""
     return verdict("undetermined", None, f"Generalises, but no candidate explains how. {_against(candidates)}{seen}")
+
+
+def unexplained(items: tuple[Evidence, ...], rule: Thresholds = RULE) -> bool:
+    """Whether unseen pairs are right too and no test so far says how: what costlier searches are for."""
+    gate = next(e for e in items if e.test == "accuracy-gate")
+    return gate.number("random") >= rule.generalises and decide(items, rule).label == "undetermined"
 
 
 def learned(gate: Evidence, rule: Thresholds = RULE) -> bool:
@@ -284,10 +292,19 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
         low, high, base = units, tens, 10
     # Swaps say how the operands are stored. A list of pairs, or ranges, of numbers stored by digits adds no columns.
     listed = any(by[test].passed for test in ("pair-lookup", *HEURISTICS) if test in by)
-    passes = min(low, high) >= rule.interchange and swap.number("line") <= rule.columns_line and not listed
-    return passes, (
+    possible = swap.number("line") <= rule.columns_line and not listed
+    words = (
         f"swapping the low or the high digit alone, in base {base:.0f}, changes the answer as predicted in {low:.0%} "
         f"and {high:.0%}"
+    )
+    if min(low, high) >= rule.interchange or "digit-search" not in by:
+        return possible and min(low, high) >= rule.interchange, words
+    search = by["digit-search"]
+    passes = search.value >= rule.digit_search and (search.control or 0) <= rule.digit_search_renamed
+    return possible and passes, (
+        f"{words} through their means; through a learned subspace either digit of either operand, in base "
+        f"{search.number('digit_base'):.0f}, does in at least {search.value:.0%} (operands renamed at random "
+        f"{search.control or 0:.0%})"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from circuits.discovery.edge_accuracy import areas
 from circuits.discovery.hypothesis_tests import equivalence_p, holm, hsic
 from circuits.discovery.random_circuits import random_circuits, random_path
 from circuits.discovery.stability import jaccard
-from circuits.errors import BadInput
+from circuits.errors import BadInput, UnknownName
 
 TRUTH = (("embed", "a0.h1.v"), ("a0.h1", "a1.h0.v"), ("a1.h0", "logits"))
 
@@ -44,6 +45,26 @@ def test_random_paths_and_circuits_lead_from_embedding_to_logits(graph: Graph) -
     assert not bool((random_circuits(graph, 9, 20, seed=1, without=banned) & banned).any())
     with pytest.raises(BadInput, match="n_edges = 9999"):
         random_circuits(graph, 9999, 1)
+
+
+def test_skipped_sources_are_left_out_of_the_choice_and_not_of_the_outcome() -> None:
+    graph = Graph.build(1, 1, attn_only=True)
+    generator = torch.Generator().manual_seed(0)
+    skip = frozenset({graph.sources.index("pos_embed")})
+    drawn = [random_path(graph, generator, skip=skip) for _ in range(600)]
+    assert {graph.edges[i][0] for path in drawn for i in path} == {"embed", "a0.h0"}
+    # the logits see the token embedding and the head: were paths rejected, two of three would be the short one
+    assert 0.43 < np.mean([len(path) == 1 for path in drawn]) < 0.57
+    graph = Graph.build(2, 2)
+    counted = graph.counted(positions=False)
+    for size in (1, 2, 9, int(counted.sum()) - 1, int(counted.sum())):
+        circuits = random_circuits(graph, size, 6, seed=size, skip=skip)
+        assert circuits.sum(1).tolist() == [size] * 6 and not bool((circuits & ~counted).any())
+        assert torch.equal(graph.connected(circuits), circuits)
+    with pytest.raises(BadInput, match="n_edges = 47: expected 0 to 46"):
+        random_circuits(graph, 47, 1, skip=skip)
+    with pytest.raises(BadInput, match=r"skip = \[0, 1\]: no path is left"):
+        random_path(graph, generator, skip=frozenset({0, 1}))
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
@@ -131,6 +152,47 @@ def test_redundant_edges_are_called_so() -> None:
     assert edges.loc[[graph.edges[idle]], "redundant"].item() and tests["minimality"].rejected
     needed = edges.loc[[edge for edge in truth]]
     assert float(needed["effect"].min()) > 0.1 and not needed["redundant"].any()
+
+
+@pytest.mark.parametrize("ablation", ["corrupt", "mean", "zero"])
+@pytest.mark.parametrize("reference", ["model", "complement"])
+def test_random_circuits_hold_no_edge_that_carries_nothing(
+    ablation: str, reference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pairs = build(), some_pairs(6)
+    circuit = eap(model, pairs).top(9)
+    circuit.kept[circuit.graph.index("pos_embed", "logits")] = True
+    seen: list[torch.Tensor] = []
+
+    def measure(model: object, pairs: object, keep: torch.Tensor, **_: object) -> torch.Tensor:
+        seen.append(keep)
+        return torch.rand(len(keep), 6, generator=torch.Generator().manual_seed(0))
+
+    # the function of that name hides its module
+    monkeypatch.setattr(sys.modules["circuits.discovery.hypothesis_tests"], "ablated_metric", measure)
+    found = discovery.hypothesis_tests(
+        model, circuit, pairs, ablation=ablation, n_random=50, permutations=99, reference=reference
+    )
+    counted = circuit.graph.counted(positions=ablation == "zero")
+    size = int((circuit.kept & counted).sum())
+    assert size == (10 if ablation == "zero" else 9) == found.n_edges == len(found.edges)
+    keep = seen[0]
+    assert bool(keep[:, ~counted].all())
+    random, removed = keep[3:53] & counted, ~keep[53:103]
+    assert random.sum(1).tolist() == removed.sum(1).tolist() == [size] * 50
+    assert torch.equal(circuit.graph.connected(random), random)
+    shared = (removed & circuit.kept).any(1)
+    assert not bool(shared.any()) if reference == "complement" else torch.equal(random, removed)
+    assert len(keep) == 203 + size
+
+
+def test_a_complement_without_circuits_of_the_size_is_refused_and_so_is_an_unknown_one() -> None:
+    model, pairs = build(), some_pairs()
+    circuit = eap(model, pairs).top(40)
+    with pytest.raises(BadInput, match=r"a random circuit of the others has \d+: expected as many"):
+        discovery.hypothesis_tests(model, circuit, pairs, reference="complement")
+    with pytest.raises(UnknownName, match="unknown reference of partial necessity 'all'"):
+        discovery.hypothesis_tests(model, circuit, pairs, reference="all")
 
 
 def test_many_edges_do_not_hide_what_a_circuit_leaves_out() -> None:

@@ -17,6 +17,9 @@ from circuits.model import Hook, HookedModel
 from circuits.tasks.base import Pairs
 
 ABLATIONS = ("corrupt", "mean", "zero")
+SAME_POSITIONS = ("corrupt", "mean")
+"""Ablations under which a position embedding gives what it gives anyway, so that its edges carry nothing: all inputs
+have the same positions."""
 
 
 def replacement(

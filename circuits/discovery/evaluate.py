@@ -168,7 +168,7 @@ def faithfulness(
         )
     if n_random < 2:
         raise BadInput(f"n_random = {n_random}: expected at least 2, for the control to have a spread")
-    counted = torch.tensor([positions or source != "pos_embed" for source, _ in graph.edges])
+    counted = graph.counted(positions=positions)
     n_edges = int(counted.sum())
     x, sizes, said = _sizes(n_edges, len(pairs), shares)
     # The control answers one question and is not read size by size: a few sizes do.

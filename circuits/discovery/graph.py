@@ -128,6 +128,10 @@ class Graph:
         """Number of edges."""
         return sum(self.visible)
 
+    def counted(self, *, positions: bool) -> Bool[Tensor, " edge"]:
+        """Return which edges count: all of them, or, without ``positions``, all but those from a position embedding."""
+        return torch.tensor([positions or source != "pos_embed" for source, _ in self.edges])
+
     @cached_property
     def edges(self) -> tuple[tuple[str, str], ...]:
         """Every edge as (source, reader), in order."""

@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuits.discovery.ablate import SAME_POSITIONS
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.evaluate import ablated_metric
 from circuits.discovery.graph import Graph
 from circuits.discovery.metrics import Metric, logit_difference
 from circuits.discovery.random_circuits import random_circuits, random_path
-from circuits.errors import BadInput
+from circuits.errors import BadInput, UnknownName
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
 
@@ -52,9 +53,11 @@ class CircuitTests:
 
     tests: tuple[HypothesisTest, ...]
     edges: pd.DataFrame
-    """One row per edge of the circuit: its knock-out effect, in the metric's unit, the share of random edges of
-    inflated circuits with a smaller one, the p-value, Holm-adjusted over edges, and whether the edge is redundant."""
+    """One row per edge of the circuit that counts: its knock-out effect, in the metric's unit, the share of random
+    edges of inflated circuits with a smaller one, the p-value, Holm-adjusted over edges, and whether the edge is
+    redundant."""
     n_edges: int
+    """Edges of the circuit that count."""
     n_pairs: int
 
     def __getitem__(self, name: str) -> HypothesisTest:
@@ -87,6 +90,7 @@ def hypothesis_tests(
     n_random: int = 100,
     permutations: int = 1000,
     level: float = 0.05,
+    reference: str = "model",
     seed: int = 0,
     progress: bool = False,
 ) -> CircuitTests:
@@ -104,7 +108,7 @@ def hypothesis_tests(
     * sufficiency: null: C is closer to M than a random circuit of its size is, with probability at most
       ``quantile``; p is the upper tail.
     * partial necessity: null: ablating C moves the metric more than ablating a random circuit of its size does, with
-      probability at most ``quantile``; p is the upper tail.
+      probability at most ``quantile``; p is the upper tail. ``reference`` says where that one is drawn from.
 
     Distances between two circuits are means over pairs of abs(s - s'). The released code takes the mean score
     difference as the statistic of the equivalence test; this follows the paper. P-values are Holm-adjusted in two
@@ -122,13 +126,18 @@ def hypothesis_tests(
         n_random: Random circuits, and random inflated circuits.
         permutations: Of the independence test.
         level: Family-wise error rate.
+        reference: Where the random circuits of partial necessity are drawn from: ``model``, all its edges, or
+            ``complement``, the edges that C does not have. A random circuit of the model shares edges with a large C,
+            and then ablating either does much the same.
         seed: Of random circuits and permutations.
         progress: Whether to show a bar.
 
     Cost: 4 x ``n_random`` forwards, one for every edge of the circuit, and three. No backward.
 
     Conventions: a good circuit keeps the first three nulls and rejects the last two. P-values are Holm-adjusted over
-        the edges, and then over the five tests.
+        the edges, and then over the five tests. Under ``corrupt`` and ``mean`` ablation edges from a position embedding
+        carry what they carry anyway: as in ``faithfulness`` they do not count, are kept in every set of edges, and no
+        random path goes along them, which would make random circuits smaller than they seem.
 
     Source: Shi et al. 2024, Hypothesis Testing the Circuit Hypothesis in LLMs, arXiv 2410.13032, sections 3 and 4;
         Gretton et al. 2007 (independence criterion); Holm 1979 (correction).
@@ -137,13 +146,18 @@ def hypothesis_tests(
     equivalence being kept is no proof that the circuit is equivalent.
 
     Raises:
-        BadInput: the circuit is of another graph, empty or the whole model, a rate is not between 0 and 1, or there
-            are too few random circuits or permutations for any outcome to be significant at ``level``.
+        BadInput: the circuit is of another graph, empty or the whole model, a rate is not between 0 and 1, there are
+            too few random circuits or permutations for any outcome to be significant at ``level``, or the complement
+            has no random circuits of the circuit's size.
+        UnknownName: no such ``reference``.
     """
-    _check(model, circuit, epsilon=epsilon, quantile=quantile, level=level)
+    counted = circuit.graph.counted(positions=ablation not in SAME_POSITIONS)
+    _check(model, circuit, counted, epsilon=epsilon, quantile=quantile, level=level)
     _check_power(quantile, n_random, permutations, level)
-    groups = _groups(circuit, n_random, seed)
-    keep = torch.cat(groups).to(circuit.kept.device)
+    if reference not in REFERENCES:
+        raise UnknownName("reference of partial necessity", reference, REFERENCES)
+    groups = _groups(circuit.graph, circuit.kept.cpu() & counted, counted, reference, n_random, seed)
+    keep = (torch.cat(groups) | ~counted).to(circuit.kept.device)
     neurons = circuit.graph.has_neurons
     scores = ablated_metric(model, pairs, keep, metric=metric, ablation=ablation, neurons=neurons, progress=progress)
     parts = scores.double().cpu().split([len(group) for group in groups])
@@ -154,7 +168,8 @@ def hypothesis_tests(
     reference = (parts[5] - parts[6]).abs().mean(1)
     beaten = (effects[:, None] > reference).double().mean(1).tolist()
     edge_p = [_tail(round(share * n_random), n_random, quantile, "less") for share in beaten]
-    return _report(circuit, len(pairs), found, effects.tolist(), beaten, edge_p, level)
+    edges = [edge for edge, there in zip(circuit.graph.edges, groups[1][0].tolist(), strict=True) if there]
+    return _report(edges, len(pairs), found, effects.tolist(), beaten, edge_p, level)
 
 
 def _against_random(
@@ -169,16 +184,31 @@ def _against_random(
     ]
 
 
-def _groups(circuit: Circuit, n_random: int, seed: int) -> list[Bool[Tensor, "_ edge"]]:
+def _groups(
+    graph: Graph,
+    kept: Bool[Tensor, " edge"],
+    counted: Bool[Tensor, " edge"],
+    reference: str,
+    n_random: int,
+    seed: int,
+) -> list[Bool[Tensor, "_ edge"]]:
     """The sets of edges whose metric the tests are about, kind by kind."""
-    graph, kept = circuit.graph, circuit.kept.cpu()
-    random = random_circuits(graph, int(kept.sum()), n_random, seed=seed)
-    inflated, knocked = _inflated(graph, kept, n_random, torch.Generator().manual_seed(seed))
+    n_edges = int(kept.sum())
+    skip = frozenset(graph.ends()[0][~counted].tolist())
+    random = removed = random_circuits(graph, n_edges, n_random, seed=seed, skip=skip)
+    if reference == "complement":
+        removed = random_circuits(graph, n_edges, n_random, seed=seed, without=kept, skip=skip)
+        if (least := int(removed.sum(1).min())) < n_edges:
+            raise BadInput(
+                f"the circuit has {n_edges} of {int(counted.sum())} edges, and a random circuit of the others has "
+                f"{least}: expected as many; take a smaller circuit, or reference = 'model'"
+            )
+    inflated, knocked = _inflated(graph, kept, n_random, torch.Generator().manual_seed(seed), skip)
     members = kept.nonzero().flatten()
     without = kept.repeat(len(members), 1)
     without[torch.arange(len(members)), members] = False
     whole = torch.ones(1, graph.n_edges, dtype=torch.bool)
-    return [whole, kept[None], ~kept[None], random, ~random, inflated, knocked, without]
+    return [whole, kept[None], ~kept[None], random, ~removed, inflated, knocked, without]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -248,14 +278,14 @@ def _tail(successes: int, n: int, quantile: float, alternative: Literal["less", 
 
 
 def _inflated(
-    graph: Graph, kept: Bool[Tensor, " edge"], n: int, generator: torch.Generator
+    graph: Graph, kept: Bool[Tensor, " edge"], n: int, generator: torch.Generator, skip: frozenset[int]
 ) -> tuple[Bool[Tensor, "circuit edge"], Bool[Tensor, "circuit edge"]]:
     """The circuit with a random path added, and the same with one of the added edges knocked out again."""
     inflated = kept.repeat(n, 1)
     for row in inflated:
-        path = torch.tensor(random_path(graph, generator))
+        path = torch.tensor(random_path(graph, generator, skip=skip))
         while bool(kept[path].all()):
-            path = torch.tensor(random_path(graph, generator))
+            path = torch.tensor(random_path(graph, generator, skip=skip))
         row[path] = True
     knocked = inflated.clone()
     for row in knocked:
@@ -263,6 +293,9 @@ def _inflated(
         row[added[int(torch.randint(len(added), (1,), generator=generator))]] = False
     return inflated, knocked
 
+
+REFERENCES = ("model", "complement")
+"""Where the random circuits of partial necessity can be drawn from."""
 
 NULLS = {
     "equivalence": ("the circuit is above the model on about half of the examples", "kept"),
@@ -274,7 +307,7 @@ NULLS = {
 
 
 def _report(
-    circuit: Circuit,
+    members: Sequence[tuple[str, str]],
     n_pairs: int,
     found: Sequence[tuple[str, float, float]],
     effects: Sequence[float],
@@ -287,8 +320,8 @@ def _report(
     edge_adjusted = holm(edge_p)
     edges = pd.DataFrame(
         {
-            "source": [source for source, _ in circuit.edges],
-            "reader": [reader for _, reader in circuit.edges],
+            "source": [source for source, _ in members],
+            "reader": [reader for _, reader in members],
             "effect": effects,
             "beats": beaten,
             "p_value": edge_p,
@@ -304,7 +337,7 @@ def _report(
         HypothesisTest(name, NULLS[name][0], statistic, p, a, a <= level, NULLS[name][1])
         for (name, statistic, p), a in zip(rows, adjusted, strict=True)
     )
-    return CircuitTests(tests, edges, circuit.n_kept, n_pairs)
+    return CircuitTests(tests, edges, len(members), n_pairs)
 
 
 def _check_power(quantile: float, n_random: int, permutations: int, level: float) -> None:
@@ -317,12 +350,13 @@ def _check_power(quantile: float, n_random: int, permutations: int, level: float
             raise BadInput(f"{name} = {value}: nothing could be significant at level = {level}; expected >= {needed}")
 
 
-def _check(model: HookedModel, circuit: Circuit, **rates: float) -> None:
+def _check(model: HookedModel, circuit: Circuit, counted: Bool[Tensor, " edge"], **rates: float) -> None:
     if Graph.from_model(model, neurons=circuit.graph.has_neurons) != circuit.graph:
         raise BadInput("the circuit is of another graph than this model's: attribute this model first")
-    if not 0 < circuit.n_kept < circuit.graph.n_edges:
+    kept, n_edges = int((circuit.kept.cpu() & counted).sum()), int(counted.sum())
+    if not 0 < kept < n_edges:
         raise BadInput(
-            f"the circuit keeps {circuit.n_kept} of {circuit.graph.n_edges} edges: expected some but not all, such as "
+            f"the circuit keeps {kept} of the {n_edges} edges that count: expected some but not all, such as "
             f"circuit.top(20)"
         )
     for name, value in rates.items():

@@ -30,13 +30,16 @@ class _Ways:
     reads: Mapping[int, Sequence[int]]
     """The readers that each source is computed from; embeddings are from none."""
 
-    def draw(self, generator: torch.Generator, longest: int | None = None) -> list[int]:
+    def draw(
+        self, generator: torch.Generator, longest: int | None = None, skip: frozenset[int] = frozenset()
+    ) -> list[int]:
         path: list[int] = []
         reader = len(self.visible) - 1
         while True:
             choices: Sequence[int] = range(self.visible[reader])
-            if longest is not None and len(path) + 1 >= longest:
-                choices = [u for u in choices if u not in self.reads]
+            last = longest is not None and len(path) + 1 >= longest
+            if last or skip:
+                choices = [u for u in choices if u not in skip and not (last and u in self.reads)]
             source = choices[_draw(len(choices), generator)]
             path.append(self.starts[reader] + source)
             if source not in self.reads:
@@ -53,17 +56,32 @@ def _ways(graph: Graph) -> _Ways:
     return _Ways(graph.visible, [0, *itertools.accumulate(graph.visible)], reads)
 
 
-def random_path(graph: Graph, generator: torch.Generator) -> list[int]:
+def random_path(graph: Graph, generator: torch.Generator, *, skip: frozenset[int] = frozenset()) -> list[int]:
     """Return the numbers of the edges on a random path from an embedding to the logits.
 
     The path is drawn backwards: a source that the logits can see, one of the readers that it is computed from, a
     source that this one can see, and so on, each with equal probability.
+
+    Args:
+        graph: The graph.
+        generator: Of the draw.
+        skip: Numbers of sources that no path goes through: those of which an ablation leaves nothing to be seen.
+
+    Raises:
+        BadInput: every embedding is to be skipped.
     """
-    return _ways(graph).draw(generator)
+    _check_skipped(graph, skip)
+    return _ways(graph).draw(generator, skip=skip)
 
 
 def random_circuits(
-    graph: Graph, n_edges: int, n: int, *, seed: int = 0, without: Bool[Tensor, " edge"] | None = None
+    graph: Graph,
+    n_edges: int,
+    n: int,
+    *,
+    seed: int = 0,
+    without: Bool[Tensor, " edge"] | None = None,
+    skip: frozenset[int] = frozenset(),
 ) -> Bool[Tensor, "circuit edge"]:
     """Return circuits of ``n_edges`` edges that are unions of random paths from an embedding to the logits.
 
@@ -76,7 +94,8 @@ def random_circuits(
         n_edges: Edges per circuit.
         n: Number of circuits.
         seed: Of the draw.
-        without: Edges that may not be used.
+        without: Edges that may not be used: a path that has one is drawn again.
+        skip: Numbers of sources none of whose edges may be used: a path is drawn from the others at every step.
 
     Cost: no forward and no backward.
 
@@ -90,14 +109,16 @@ def random_circuits(
         and no baseline.
 
     Raises:
-        BadInput: ``n_edges`` is negative or exceeds the number of edges.
+        BadInput: ``n_edges`` is negative or exceeds the number of edges, or every embedding is to be skipped.
     """
-    if not 0 <= n_edges <= graph.n_edges:
-        raise BadInput(f"n_edges = {n_edges}: expected 0 to {graph.n_edges}")
+    _check_skipped(graph, skip)
+    allowed = torch.tensor([source not in skip for source in graph.ends()[0].tolist()])
+    if not 0 <= n_edges <= int(allowed.sum()):
+        raise BadInput(f"n_edges = {n_edges}: expected 0 to {int(allowed.sum())}")
     generator = torch.Generator().manual_seed(seed)
-    allowed = torch.ones(graph.n_edges, dtype=torch.bool) if without is None else ~without.cpu()
+    allowed = allowed if without is None else allowed & ~without.cpu()
     none = torch.zeros(graph.n_edges, dtype=torch.bool)
-    rows = [_grown(graph, none, n_edges, allowed, generator) for _ in range(n)]
+    rows = [_grown(graph, none, n_edges, allowed, generator, skip) for _ in range(n)]
     return torch.stack(rows) if rows else none[None][:0]
 
 
@@ -143,6 +164,7 @@ def _grown(
     n_edges: int,
     allowed: Bool[Tensor, " edge"],
     generator: torch.Generator,
+    skip: frozenset[int] = frozenset(),
 ) -> Bool[Tensor, " edge"]:
     """A circuit of ``n_edges`` edges that has those begun with, by random paths and then by single edges."""
     if n_edges >= int(allowed.sum()):
@@ -150,8 +172,8 @@ def _grown(
     best = begun
     for attempt in range(RESTARTS):
         kept = begun.clone() if attempt == 0 else torch.zeros_like(begun)
-        _add_paths(graph, kept, n_edges, allowed, generator)
-        _fill(graph, kept, n_edges, allowed, generator)
+        _add_paths(graph, kept, n_edges, allowed, generator, skip)
+        _fill(graph, kept, n_edges, allowed, generator, skip)
         if int(kept.sum()) == n_edges:
             return kept
         best = max(best, kept, key=lambda row: int(row.sum()))
@@ -164,6 +186,7 @@ def _add_paths(
     n_edges: int,
     allowed: Bool[Tensor, " edge"],
     generator: torch.Generator,
+    skip: frozenset[int],
     longest: int | None = None,
 ) -> None:
     """Add random paths to ``kept`` until none of those drawn fits."""
@@ -171,7 +194,7 @@ def _add_paths(
     chosen, usable = set(kept.nonzero().flatten().tolist()), allowed.tolist()
     failures = 0
     while failures < ATTEMPTS and len(chosen) < n_edges:
-        path = ways.draw(generator, longest)
+        path = ways.draw(generator, longest, skip)
         longer = chosen.union(path)
         if not len(chosen) < len(longer) <= n_edges or not all(usable[edge] for edge in path):
             failures += 1
@@ -186,6 +209,7 @@ def _fill(
     n_edges: int,
     allowed: Bool[Tensor, " edge"],
     generator: torch.Generator,
+    skip: frozenset[int],
 ) -> None:
     """Add edges between parts of the circuit to ``kept``, and short paths where those do not suffice."""
     while (missing := n_edges - int(kept.sum())) > 0:
@@ -195,7 +219,7 @@ def _fill(
         if len(chosen) == missing:
             return
         before = int(kept.sum())
-        _add_paths(graph, kept, min(n_edges, before + 3), allowed, generator, longest=n_edges - before)
+        _add_paths(graph, kept, min(n_edges, before + 3), allowed, generator, skip, longest=n_edges - before)
         if int(kept.sum()) == before:
             return
 
@@ -210,6 +234,11 @@ def _between(graph: Graph, kept: Bool[Tensor, " edge"], allowed: Bool[Tensor, " 
     reached[[u for u in range(len(graph.sources)) if u not in reads]] = True
     useful = torch.tensor([not fed or bool(used[list(fed)].any()) for fed in graph.feeds])
     return (allowed & ~kept & reached[source] & useful[reader]).nonzero().flatten()
+
+
+def _check_skipped(graph: Graph, skip: frozenset[int]) -> None:
+    if {u for u in range(len(graph.sources)) if u not in _ways(graph).reads} <= skip:
+        raise BadInput(f"skip = {sorted(skip)}: no path is left; expected at least one embedding that it does not hold")
 
 
 def _draw(n: int, generator: torch.Generator) -> int:

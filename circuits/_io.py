@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import types
 import typing
 import uuid
@@ -38,6 +39,32 @@ def storage_errors(path: Path | str) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space, or choose another output directory" if full else "choose another output directory"
         raise StorageError(f"cannot write {path}: {error.strerror or error}: {remedy}") from error
+
+
+def file_size(path: Path | str) -> int | None:
+    """Return the size of a file in bytes, None where there is no file.
+
+    Raises:
+        StorageError: that cannot be told, as a directory above it may not be searched or its name is too long.
+    """
+    # Path.is_file and Path.exists raise a bare OSError there up to Python 3.13 and say no from 3.14 on
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"cannot look for {path}: {reason}: choose another directory") from error
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def is_file(path: Path | str) -> bool:
+    """Return whether there is a file.
+
+    Raises:
+        StorageError: that cannot be told, as for ``file_size``.
+    """
+    return file_size(path) is not None
 
 
 def make_directory(path: Path | str) -> Path:

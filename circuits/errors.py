@@ -17,9 +17,10 @@ class BadInput(CircuitsError, ValueError):
 class UnknownName(BadInput):
     """A name is not in the table that it was looked up in."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
         known = sorted(known)
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        # a name may come from JSON, TOML or a notebook, and need not be a text
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
         super().__init__(f"unknown {kind} {name!r}: {hint}known: {', '.join(known)}")
 
@@ -33,7 +34,7 @@ class IncompatibleRun(CircuitsError):
 
 
 class StorageError(CircuitsError, OSError):
-    """An output directory cannot be written."""
+    """A directory cannot be written, or not be looked into."""
 
 
 class Diverged(CircuitsError):

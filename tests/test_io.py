@@ -15,7 +15,9 @@ from circuits._io import (
     atomic_write,
     canonical_json,
     config_id,
+    file_size,
     from_json,
+    is_file,
     parse_json,
     read_bytes,
     sha256_bytes,
@@ -88,3 +90,34 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch, code):
         atomic_write(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_file_is_there_or_not(tmp_path):
+    (tmp_path / "a").write_bytes(b"four")
+    assert file_size(tmp_path / "a") == 4
+    assert is_file(tmp_path / "a")
+    for absent in (tmp_path, tmp_path / "b", tmp_path / "a" / "below a file"):
+        assert not is_file(absent)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"], ids=["too long", "null"])
+def test_a_name_that_no_file_can_have_is_one_typed_error(tmp_path, name):
+    with pytest.raises(StorageError, match="choose another directory"):
+        is_file(tmp_path / name)
+
+
+def test_a_directory_that_may_not_be_searched_is_one_typed_error(tmp_path, monkeypatch):
+    # the superuser may search all of them, so the system is made to refuse
+    def refuse(path, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refuse)
+        with pytest.raises(StorageError, match="a: Permission denied: choose another directory"):
+            is_file(tmp_path / "a")
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("name", [3, None, 2.5, ["a"]])
+def test_a_name_that_is_no_text_is_unknown_like_any_other(name):
+    assert f"unknown kind {name!r}: known: a, b" in str(UnknownName("kind", name, ("b", "a")))

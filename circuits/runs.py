@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +15,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 
 from circuits import __version__
-from circuits._io import config_id, from_json, parse_json, read_bytes, read_json, sha256_file, to_json, write_json
-from circuits.errors import BadInput, CorruptRun, IncompatibleRun
+from circuits._io import (
+    config_id,
+    file_size,
+    from_json,
+    is_file,
+    parse_json,
+    read_bytes,
+    read_json,
+    sha256_file,
+    to_json,
+    write_json,
+)
+from circuits.errors import BadInput, CorruptRun, Diverged, IncompatibleRun, UnknownName
 from circuits.model import ModelConfig, Transformer, load
 from circuits.objectives.recipe import Recipe
 from circuits.tasks import TASKS
@@ -26,11 +38,17 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 FORMAT = 1
+CHECKPOINT = r"checkpoints/step-\d+\.safetensors"
+"""What a checkpoint's file is called below the run's directory."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that determines a run: the same config gives the same weights."""
+    """What a run is known by: the same config gives the same weights, unless a stage has a ``stop_accuracy``.
+
+    Such a stage ends at an evaluation, so there the weights also depend on the ``evaluate_every`` of ``train``, which
+    is no part of the config.
+    """
 
     task: Annotated[Task, TASKS]
     recipe: Recipe
@@ -58,39 +76,18 @@ class Run:
         Raises:
             BadInput: the directory holds no run.
             CorruptRun: it is unfinished, or a file is missing, truncated or altered.
-            IncompatibleRun: another format version wrote it.
+            IncompatibleRun: another format version wrote it, or its task or objective is in no table here.
+            StorageError: the directory may not be searched.
         """
         folder = Path(path)
-        if not (folder / "manifest.json").is_file():
-            unfinished = (folder / "config.json").is_file()
-            if unfinished:
-                raise CorruptRun(f"{folder} holds an unfinished run (no manifest.json): train it again with resume")
-            raise BadInput(f"{folder} is not a run: it has no manifest.json; expected a directory given to train's out")
-        manifest = read_json(folder / "manifest.json")
-        if not isinstance(manifest, dict) or not {"format", "files", "id"} <= manifest.keys():
-            raise CorruptRun(f"{folder / 'manifest.json'} is no manifest of a run: train it again")
-        if manifest["format"] != FORMAT:
-            raise IncompatibleRun(
-                f"{folder} was written in run format {manifest['format']}, this version reads {FORMAT}: "
-                "use the version of circuits that wrote it, or train it again"
-            )
-        try:
-            sizes = {str(name): int(entry["size"]) for name, entry in manifest["files"].items()}
-            digest = str(manifest["files"]["config.json"]["sha256"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CorruptRun(f"{folder / 'manifest.json'} does not list the run's files: train it again") from error
-        for name, size in sizes.items():
-            file = folder / name
-            if not file.is_file() or file.stat().st_size != size:
-                raise CorruptRun(f"{file} is missing or has the wrong size: train the run again")
-        data = parse_json(
-            read_bytes(folder / "config.json", sha256=digest),
-            folder / "config.json",
-        )
+        manifest = read_manifest(folder)
+        file = folder / "config.json"
+        data = parse_json(read_bytes(file, sha256=manifest["files"]["config.json"]["sha256"]), file)
         try:
             config = from_json(RunConfig, data)
         except BadInput as error:
-            raise IncompatibleRun(f"{folder / 'config.json'}: {error}") from error
+            own = "; one of your own must stand in TASKS or OBJECTIVES first" if isinstance(error, UnknownName) else ""
+            raise IncompatibleRun(f"{file}: {error}{own}") from error
         return Run(folder, config, manifest)
 
     @property
@@ -115,8 +112,21 @@ class Run:
 
     @functools.cached_property
     def model(self) -> Transformer:
-        """The model at the end of training, in eval mode, loaded and checked when first asked for."""
+        """The model at the end of training, in eval mode, loaded and checked when first asked for.
+
+        Raises:
+            CorruptRun: the file was altered.
+            Diverged: training ended with numbers that are not finite; ``checkpoint`` still gives what it kept before.
+        """
+        if self.manifest["status"] == "diverged":
+            raise Diverged(f"{self.path} holds a run that diverged {self.divergence}: change its recipe or seed")
         return self.checkpoint(max(self.checkpoints))
+
+    @property
+    def divergence(self) -> str:
+        """Where a run that diverged did so, and what is left of it."""
+        last = f"its last good checkpoint is of step {max(self.checkpoints)}" if self.checkpoints else "it kept none"
+        return f"at step {self.manifest.get('step')} ({last})"
 
     @property
     def checkpoints(self) -> dict[int, Path]:
@@ -174,8 +184,10 @@ class Run:
     def _repr_html_(self) -> str:
         from html import escape
 
-        last = self.metrics.iloc[-1].to_dict()
+        last = self.metrics.iloc[-1].to_dict() if len(self.metrics) else {}
         numbers = ", ".join(f"{k} {v:.3g}" for k, v in last.items() if isinstance(v, (int, float)))
+        if self.manifest["status"] == "diverged":
+            numbers = f"diverged {self.divergence} {numbers}"
         return f"<b>{escape(self.task.name)}</b>, {escape(self.recipe.name)}, seed {self.seed}<br>{escape(numbers)}"
 
 
@@ -184,13 +196,64 @@ def list_runs(folder: Path | str) -> list[Run]:
     return [Run.load(path.parent) for path in sorted(Path(folder).glob("*/manifest.json"))]
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a finished run, after checking the size of every file that it lists.
+
+    Raises:
+        BadInput: the directory holds no run.
+        CorruptRun: the run is unfinished, the manifest is damaged, or a file is missing or of another size.
+        IncompatibleRun: another format version wrote it.
+        StorageError: the directory may not be searched.
+    """
+    path = folder / "manifest.json"
+    if not is_file(path):
+        if is_file(folder / "config.json"):
+            raise CorruptRun(f"{folder} holds an unfinished run (no manifest.json): train it again with resume")
+        raise BadInput(f"{folder} is not a run: it has no manifest.json; expected a directory given to train's out")
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or not {"format", "files", "id"} <= manifest.keys():
+        raise CorruptRun(f"{path} is no manifest of a run: train it again")
+    if manifest["format"] != FORMAT:
+        raise IncompatibleRun(
+            f"{folder} was written in run format {manifest['format']}, this version reads {FORMAT}: "
+            "use the version of circuits that wrote it, or train it again"
+        )
+    _check_files(path, manifest)
+    for name, entry in manifest["files"].items():
+        if file_size(folder / name) != entry["size"]:
+            raise CorruptRun(f"{folder / name} is missing or has the wrong size: train the run again")
+    return manifest
+
+
+def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Return nothing.
+
+    Raises:
+        CorruptRun: the manifest says not how the run ended, or not the size and hash of every file that a run has.
+    """
+    files = manifest["files"]
+    if not isinstance(files, dict) or not {"config.json", "metrics.jsonl"} <= files.keys():
+        raise CorruptRun(f"{path} does not list the run's files: train it again")
+    for name, entry in files.items():
+        facts = entry if isinstance(entry, dict) else {}
+        known = type(facts.get("size")) is int and re.fullmatch(r"[0-9a-f]{64}", str(facts.get("sha256")))
+        expected = name in ("config.json", "metrics.jsonl") or re.fullmatch(CHECKPOINT, name)
+        if not known or not expected:
+            raise CorruptRun(f"{path} does not list the run's files with size and sha256 ({name}): train it again")
+    if manifest.get("status") not in ("done", "diverged"):
+        raise CorruptRun(f"{path}: status {manifest.get('status')!r}: expected 'done' or 'diverged': train it again")
+    # a run may diverge before it keeps anything; one that is done has kept its end
+    if manifest["status"] == "done" and not any(name.startswith("checkpoints/") for name in files):
+        raise CorruptRun(f"{path} lists no checkpoint: train the run again")
+
+
 def write_config(folder: Path, config: RunConfig) -> None:
     """Write ``config.json``."""
     write_json(folder / "config.json", to_json(config))
 
 
-def write_manifest(folder: Path, config: RunConfig, *, status: str, **values: Any) -> None:
-    """Write the manifest, last of all: size and sha256 of every file, and what the run was made with."""
+def write_manifest(folder: Path, config: RunConfig, *, status: str, **values: Any) -> dict[str, Any]:
+    """Write the manifest, last of all, and return it: size and sha256 of every file, and what the run was made with."""
     files = [
         folder / "config.json",
         folder / "metrics.jsonl",
@@ -212,6 +275,7 @@ def write_manifest(folder: Path, config: RunConfig, *, status: str, **values: An
         "files": entries,
     }
     write_json(folder / "manifest.json", manifest)
+    return manifest
 
 
 @functools.cache

@@ -5,17 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import sys
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
+import circuits
 from circuits import objectives, tasks, training
 from circuits.errors import BadInput, CorruptRun, Diverged, IncompatibleRun, StorageError, UnknownName
-from circuits.model import ModelConfig, Transformer
+from circuits.model import ModelConfig, Transformer, load
 from circuits.objectives import Recipe, Stage
 from circuits.runs import Run, list_runs, run_id
-from circuits.training.loop import learning_rate
+from circuits.training.loop import learning_rate, steps
+from circuits.training.run_directory import STATE
+
+inner = sys.modules["circuits.training.run_directory"]
 
 TASK = tasks.get("modular-addition", p=7, block=2, train_fraction=0.7)
 MODEL = ModelConfig(d_vocab=TASK.d_vocab, n_ctx=3, d_model=16, n_heads=2, d_mlp=24)
@@ -26,12 +33,33 @@ PARAMETERS = {"banded": {"width": 3}}
 
 
 def recipe(name="answer", **fields):
-    objective = objectives.get(name, **PARAMETERS.get(name, {}))
+    return recipe_of(objectives.get(name, **PARAMETERS.get(name, {})), **fields)
+
+
+def recipe_of(objective, **fields):
     return Recipe("tiny", (Stage(objective, **{**STAGE, **fields}),))
 
 
 def train(out, plan=None, **options):
     return training.train(TASK, plan or recipe(), out=out, model=MODEL, progress=False, **options)
+
+
+def stopped(out, plan=None, *, after, **options):
+    """A training that is interrupted after an update."""
+
+    def interrupted(*args, **kwargs):
+        for update in steps(*args, **kwargs):
+            yield update
+            if update.step == after:
+                raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inner, "steps", interrupted)
+        train(out, plan, **options)
+
+
+def refuse(*arguments, **options):
+    raise MemoryError
 
 
 def weights(run):
@@ -54,22 +82,11 @@ def test_same_config_gives_the_same_run(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(objectives.OBJECTIVES))
 @pytest.mark.parametrize("stop", [1, 7, 11])
-def test_resume_is_bit_exact(tmp_path, monkeypatch, name, stop):
+def test_resume_is_bit_exact(tmp_path, name, stop):
     plan = Recipe("two", (*recipe(name).stages, *recipe("answer", steps=5).stages))
     whole = train(tmp_path / "whole", plan)
-    inner = sys.modules["circuits.training.run_directory"]
-    real = inner.steps
-
-    def interrupted(*args, **kwargs):
-        for update in real(*args, **kwargs):
-            yield update
-            if update.step == stop:
-                raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(inner, "steps", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "cut", plan, save_every=-1.0)
+    with pytest.raises(KeyboardInterrupt):
+        stopped(tmp_path / "cut", plan, after=stop, save_every=-1.0)
     with pytest.raises(CorruptRun, match="unfinished"):
         Run.load(tmp_path / "cut")
     resumed = train(tmp_path / "cut", plan, resume=True)
@@ -126,7 +143,8 @@ def test_a_finished_run_is_returned_and_another_config_refused(tmp_path):
         train(tmp_path, seed=1)
 
 
-def test_divergence_names_step_and_checkpoint(tmp_path):
+def diverging():
+    """A recipe whose loss is not finite from the second update on."""
     start = float(Transformer(MODEL).W_E.detach().abs().sum())
 
     @dataclasses.dataclass(frozen=True)
@@ -136,8 +154,12 @@ def test_divergence_names_step_and_checkpoint(tmp_path):
             bad = float(model.W_E.detach().abs().sum()) != start
             return objectives.Loss(found.value * (float("nan") if bad else 1.0))
 
-    with pytest.raises(Diverged, match="step 2"):
-        train(tmp_path, Recipe("bad", (Stage(Bad(), **STAGE),)), checkpoints=(1,))
+    return recipe_of(Bad())
+
+
+def test_divergence_names_step_and_checkpoint(tmp_path):
+    with pytest.raises(Diverged, match=r"step 2: .*last good checkpoint: .*step-000001\.safetensors"):
+        train(tmp_path, diverging(), checkpoints=(1,))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["status"] == "diverged"
 
@@ -193,6 +215,10 @@ def test_bad_input(tmp_path):
         training.train(TASK, "answer", out=tmp_path, model=ModelConfig(d_vocab=3, n_ctx=3), progress=False)
     with pytest.raises(BadInput, match="n_ctx"):
         training.train(TASK, "answer", out=tmp_path, model=ModelConfig(d_vocab=8, n_ctx=2), progress=False)
+    few = ModelConfig(d_vocab=8, n_ctx=3, d_vocab_out=6)
+    with pytest.raises(BadInput, match="d_vocab_out = 6, but completions of 'modular-addition' go up to token 6"):
+        training.train(TASK, "answer", out=tmp_path, model=few, progress=False)
+    training.check_fits(TASK, dataclasses.replace(few, d_vocab_out=7))
 
 
 @pytest.mark.parametrize("name", sorted(tasks.TASKS))
@@ -211,12 +237,11 @@ def test_weights_that_are_not_finite_are_no_end_and_no_checkpoint(tmp_path, step
     ):
         train(tmp_path, plan, checkpoints=(1,))
     assert not list((tmp_path / "checkpoints").iterdir())
+    assert "diverged at step 1" in Run.load(tmp_path)._repr_html_()
     assert json.loads((tmp_path / "manifest.json").read_text())["status"] == "diverged"
 
 
 def test_a_state_that_was_altered_is_not_gone_on_from(tmp_path, monkeypatch):
-    inner = sys.modules["circuits.training.run_directory"]
-
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
@@ -224,7 +249,7 @@ def test_a_state_that_was_altered_is_not_gone_on_from(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, save_every=0.0)
     monkeypatch.undo()
-    state = tmp_path / inner.STATE
+    state = tmp_path / STATE
     data = bytearray(state.read_bytes())
     data[-100] ^= 1
     state.write_bytes(bytes(data))
@@ -255,3 +280,160 @@ def test_a_manifest_without_its_files_is_named(tmp_path, files):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"files": json.loads(files)}))
     with pytest.raises(CorruptRun, match="does not list the run's files"):
         Run.load(tmp_path)
+
+
+@pytest.mark.parametrize("facts", [{"size": 3}, {"sha256": "0" * 64}, {"size": "3", "sha256": "0" * 64}, {}])
+def test_a_manifest_has_size_and_hash_of_every_file(tmp_path, facts):
+    train(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (checkpoint,) = [name for name in manifest["files"] if name.startswith("checkpoints/")]
+    manifest["files"][checkpoint] = facts
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CorruptRun, match=r"with size and sha256 \(checkpoints/step-000012.safetensors\)"):
+        Run.load(tmp_path)
+
+
+def test_a_finished_run_has_a_checkpoint_and_a_known_end(tmp_path):
+    train(tmp_path)
+    whole = json.loads((tmp_path / "manifest.json").read_text())
+    files = {name: entry for name, entry in whole["files"].items() if not name.startswith("checkpoints/")}
+    (tmp_path / "manifest.json").write_text(json.dumps(whole | {"files": files}))
+    with pytest.raises(CorruptRun, match="lists no checkpoint"):
+        Run.load(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps(whole | {"status": "dnoe"}))
+    with pytest.raises(CorruptRun, match="status 'dnoe': expected 'done' or 'diverged'"):
+        Run.load(tmp_path)
+    wrong = whole["files"] | {"checkpoints/last.safetensors": whole["files"]["config.json"]}
+    (tmp_path / "manifest.json").write_text(json.dumps(whole | {"files": wrong}))
+    with pytest.raises(CorruptRun, match="does not list the run's files"):
+        Run.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kept", "left"), [((1,), "its last good checkpoint is of step 1"), ((), "it kept none")], ids=["one", "none"]
+)
+def test_a_run_that_diverged_has_no_model_but_its_checkpoints(tmp_path, kept, left):
+    with pytest.raises(Diverged):
+        train(tmp_path, diverging(), checkpoints=kept)
+    run = Run.load(tmp_path)
+    with pytest.raises(Diverged, match=rf"diverged at step 2 \({left}\): change its recipe or seed"):
+        _ = run.model
+    with pytest.raises(Diverged, match=rf"diverged at step 2 \({left}\)"):
+        train(tmp_path, diverging(), checkpoints=kept)
+    assert sorted(run.checkpoints) == list(kept)
+    for step in kept:
+        assert equal(run.checkpoint(step).state_dict(), load(run.checkpoints[step]).state_dict())
+    assert "diverged" in run._repr_html_()
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubled:
+    """An objective that stands in no table."""
+
+    name: ClassVar[str] = "doubled"
+    factor: float = 2.0
+
+    def check(self, task):
+        pass
+
+    def loss(self, model, task, batch, *, generator):
+        found = objectives.get("answer").loss(model, task, batch, generator=generator)
+        return objectives.Loss(self.factor * found.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnTask(type(TASK)):
+    """A task that stands in no table."""
+
+    name: ClassVar[str] = "own-task"
+
+
+def test_what_stands_in_no_table_is_trained_all_the_same(tmp_path, monkeypatch):
+    own = OwnTask(p=7, block=2, train_fraction=0.7)
+
+    def begin():
+        return training.train(own, recipe_of(Doubled(3)), out=tmp_path, model=MODEL, progress=False)
+
+    first = begin()
+    assert (first.task, first.recipe.stages[0].objective) == (own, Doubled(3.0))
+    assert first.metrics["step"].max() == 12
+    assert equal(weights(begin()), weights(first))
+    with pytest.raises(IncompatibleRun, match=r"config\.json: unknown name .* must stand in TASKS or OBJECTIVES"):
+        Run.load(tmp_path)
+    monkeypatch.setitem(tasks.TASKS, "own-task", OwnTask)
+    monkeypatch.setitem(objectives.OBJECTIVES, "doubled", Doubled)
+    loaded = Run.load(tmp_path)
+    assert (loaded.config, loaded.manifest) == (first.config, first.manifest)
+
+
+def test_the_contributed_objective_trains_without_a_line_in_the_table(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Smoothed" in code]
+    names = {"__name__": "contributed", "cx": circuits, "task": TASK}
+    exec(compile(block, "CONTRIBUTING.md", "exec", dont_inherit=True), names)
+    (call,) = re.findall(r"`(cx\.train\(task, Smoothed\(.*?)` without", text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inner, "default_recipe", lambda task, objective: recipe_of(objective))  # 12 steps, not 500
+    run = eval(call, names)
+    assert run.recipe.stages[0].objective == names["Smoothed"](0.05)
+    assert run.path == Path("runs/smoothed")
+    assert run.metrics["loss"].iloc[-1] < run.metrics["loss"].iloc[0]
+
+
+def test_a_start_without_resume_leaves_no_state_to_resume_from(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        stopped(tmp_path, after=9, save_every=-1.0)
+    assert (tmp_path / STATE).exists()
+    with pytest.raises(KeyboardInterrupt):
+        stopped(tmp_path, after=2)
+    assert not (tmp_path / STATE).exists()
+
+
+def test_a_state_without_its_config_is_not_gone_on_from(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        stopped(tmp_path / "cut", after=9, save_every=-1.0)
+    (tmp_path / "cut" / "config.json").unlink()
+    other = train(tmp_path / "cut", seed=1, resume=True)
+    assert equal(weights(other), weights(train(tmp_path / "whole", seed=1)))
+
+
+def test_a_start_that_is_refused_leaves_the_folder_free(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        # as where memory is short
+        patch.setattr(inner, "Transformer", refuse)
+        with pytest.raises(MemoryError):
+            train(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    assert train(tmp_path / "model", seed=1).seed == 1
+    narrow = dataclasses.replace(MODEL, d_vocab_out=TASK.d_vocab - 1)
+    with pytest.raises(BadInput, match="leave d_vocab_out at d_vocab"):
+        training.train(TASK, recipe("next-token"), out=tmp_path / "update", model=narrow, progress=False)
+    assert train(tmp_path / "update", recipe("next-token")).task == TASK
+
+
+def test_a_refusal_after_the_first_update_keeps_what_was_done(tmp_path, monkeypatch):
+    def full(network, path):
+        raise StorageError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inner, "save", full)
+        with pytest.raises(StorageError):
+            train(tmp_path, checkpoints=(3,))
+    with pytest.raises(IncompatibleRun, match="another configuration"):
+        train(tmp_path, seed=1)
+
+
+def test_a_name_that_is_too_long_is_one_typed_error(tmp_path):
+    for use in (train, Run.load):
+        with pytest.raises(StorageError, match="File name too long: choose another directory"):
+            use(tmp_path / ("x" * 300))
+
+
+def test_with_a_stop_accuracy_the_evaluations_decide_the_end(tmp_path):
+    plan = recipe(steps=30, stop_accuracy=0.0)
+    often = train(tmp_path / "often", plan, evaluate_every=2)
+    seldom = train(tmp_path / "seldom", plan, evaluate_every=9)
+    assert often.id == seldom.id
+    assert [max(run.checkpoints) for run in (often, seldom)] == [4, 18]
+    plain = [train(tmp_path / str(every), evaluate_every=every) for every in (2, 9)]
+    assert equal(weights(plain[0]), weights(plain[1]))

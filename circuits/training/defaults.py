@@ -1,12 +1,13 @@
-"""The model and the recipe that a task gets where the caller names none."""
+"""The model and the recipe that a task gets where the caller names none, and whether a model of the caller's fits."""
 
 from __future__ import annotations
 
 import dataclasses
 
+from circuits.errors import BadInput
 from circuits.model import ModelConfig
 from circuits.objectives import Objective, Recipe, Stage
-from circuits.objectives.base import has_one_token_answers
+from circuits.objectives.base import has_one_token_answers, highest_completion_token
 from circuits.tasks.base import Task
 
 
@@ -31,3 +32,21 @@ def default_recipe(task: Task, objective: Objective) -> Recipe:
     else:
         stage = Stage(objective, steps=2500, batch_size=512, learning_rate=5e-3, cooldown=0.3)
     return Recipe(objective.name, (stage,))
+
+
+def check_fits(task: Task, model: ModelConfig) -> None:
+    """Return nothing.
+
+    Raises:
+        BadInput: the model cannot read the task's sequences, or not give its answers.
+    """
+    if model.d_vocab < len(task.vocabulary):
+        raise BadInput(f"d_vocab = {model.d_vocab}, but {task.name!r} has {len(task.vocabulary)} tokens: raise d_vocab")
+    if model.n_ctx < len(task.roles) - 1:
+        raise BadInput(f"n_ctx = {model.n_ctx}, but {task.name!r} needs {len(task.roles) - 1} positions: raise n_ctx")
+    highest = highest_completion_token(task)
+    if model.d_vocab_out is not None and model.d_vocab_out <= highest:
+        raise BadInput(
+            f"d_vocab_out = {model.d_vocab_out}, but completions of {task.name!r} go up to token {highest}: "
+            "raise d_vocab_out"
+        )

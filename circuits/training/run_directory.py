@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ import torch
 from torch import Tensor
 
 from circuits import objectives
-from circuits._io import atomic_write, make_directory, read_bytes, read_json, storage_errors, to_json
-from circuits.errors import BadInput, CorruptRun, Diverged, IncompatibleRun
+from circuits._io import atomic_write, is_file, make_directory, read_bytes, read_json, storage_errors, to_json
+from circuits.errors import CorruptRun, Diverged, IncompatibleRun
 from circuits.model import ModelConfig, Transformer, save
 from circuits.objectives import Objective, Recipe
-from circuits.runs import Run, RunConfig, write_config, write_manifest
+from circuits.runs import Run, RunConfig, read_manifest, write_config, write_manifest
 from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.base import Task
-from circuits.training.defaults import default_model, default_recipe
+from circuits.training.defaults import check_fits, default_model, default_recipe
 from circuits.training.loop import Position, Step, steps
 
 STATE = "state.safetensors"
@@ -56,7 +57,8 @@ def train(
         model: the model's shape; None: ``default_model(task)``.
         checkpoints: steps after which to keep the model, besides the last and those of ``first_reaching``.
         first_reaching: accuracies on unseen random pairs at whose first evaluation to keep the model.
-        evaluate_every: updates between evaluations; None: about forty over the recipe.
+        evaluate_every: updates between evaluations; None: about forty over the recipe. A stage with a
+            ``stop_accuracy`` ends at one of them, so with such a stage the weights depend on it.
         save_every: seconds between the states that ``resume`` goes on from.
         resume: go on from an unfinished run in ``out``, bit for bit as if it had not stopped.
         progress: show a progress bar.
@@ -73,7 +75,7 @@ def train(
         recipe = default_recipe(task, recipe)
     recipe.check(task)
     config = RunConfig(task, recipe, seed, model or default_model(task))
-    _check_fits(task, config.model)
+    check_fits(task, config.model)
     _check_run(recipe, seed, checkpoints)
     folder = Path(out)
     if (done := _already(folder, config)) is not None:
@@ -83,23 +85,26 @@ def train(
     keeper = _Keeper(folder, recipe, position, checkpoints, first_reaching, save_every)
     started = time.monotonic()
     try:
-        with _bar(recipe.steps, position.step, show=progress) as bar:
-            for update in stream:
-                keeper.follow(network, update)
-                bar.update(1)
-                if update.evaluated:
-                    bar.set_postfix(loss=f"{update.loss:.3g}", accuracy=f"{update.metrics['accuracy_random']:.3f}")
+        keeper.drain(network, stream, show=progress)
     except Diverged as error:
         step = keeper.position.step + 1
-        last = max((folder / "checkpoints").glob("step-*.safetensors"), default=None)
+        last = max((folder / "checkpoints").glob("step-*.safetensors"), key=_step, default=None)
         where = f"last good checkpoint: {last}" if last else "no checkpoint was kept yet"
         write_manifest(folder, config, status="diverged", step=step)
         raise Diverged(f"training diverged at step {step}: {error}; {where}") from error
+    except Exception:
+        if keeper.position.step == 0:
+            # the first update was refused, so nothing is lost where a corrected command takes the folder
+            with contextlib.suppress(OSError):
+                (folder / "config.json").unlink(missing_ok=True)
+        raise
     step = keeper.position.step
     save(network, _checkpoint(folder, step))
-    write_manifest(folder, config, status="done", steps=step, seconds=time.monotonic() - started)
-    (folder / STATE).unlink(missing_ok=True)
-    return Run.load(folder)
+    manifest = write_manifest(folder, config, status="done", steps=step, seconds=time.monotonic() - started)
+    with storage_errors(folder):
+        (folder / STATE).unlink(missing_ok=True)
+    # not loaded from disk: a task or an objective of the caller's own need not be in the tables that loading reads
+    return Run(folder, config, manifest)
 
 
 class _Keeper:
@@ -119,6 +124,19 @@ class _Keeper:
         best = _best_accuracy(folder)
         self.goals = {float(goal) for goal in first_reaching if goal > best}
         self.save_every, self.saved = save_every, time.monotonic()
+
+    def drain(self, network: Transformer, stream: Iterator[Step], *, show: bool) -> None:
+        """Train to the end of a stream of updates.
+
+        Raises:
+            Diverged: a loss or a weight is not finite.
+        """
+        with _bar(self.recipe.steps, self.position.step, show=show) as bar:
+            for update in stream:
+                self.follow(network, update)
+                bar.update(1)
+                if update.evaluated:
+                    bar.set_postfix(loss=f"{update.loss:.3g}", accuracy=f"{update.metrics['accuracy_random']:.3f}")
 
     def follow(self, network: Transformer, update: Step) -> None:
         """Keep what is due after an update.
@@ -159,13 +177,6 @@ def _check_finite(network: Transformer) -> None:
         raise Diverged(f"{bad[0]} is not finite after the update: lower the learning rate or the weight decay")
 
 
-def _check_fits(task: Task, model: ModelConfig) -> None:
-    if model.d_vocab < len(task.vocabulary):
-        raise BadInput(f"d_vocab = {model.d_vocab}, but {task.name!r} has {len(task.vocabulary)} tokens: raise d_vocab")
-    if model.n_ctx < len(task.roles) - 1:
-        raise BadInput(f"n_ctx = {model.n_ctx}, but {task.name!r} needs {len(task.roles) - 1} positions: raise n_ctx")
-
-
 def _check_run(recipe: Recipe, seed: int, checkpoints: Sequence[int]) -> None:
     check_integer("seed", seed, 0, 2**32 - 1)
     for step in checkpoints:
@@ -185,40 +196,49 @@ def _with_checkpoints(run: Run, checkpoints: Sequence[int]) -> Run:
 def _already(folder: Path, config: RunConfig) -> Run | None:
     """The finished run of this config in a folder, None where there is none or it is unfinished."""
     found = folder / "config.json"
-    if found.exists() and read_json(found) != to_json(config):
+    if is_file(found) and read_json(found) != to_json(config):
         raise IncompatibleRun(f"{folder} holds a run of another configuration: choose another output directory")
-    if not (folder / "manifest.json").exists():
+    if not is_file(folder / "manifest.json"):
         return None
-    run = Run.load(folder)
+    run = Run(folder, config, read_manifest(folder))
     if run.manifest["status"] == "diverged":
-        raise Diverged(f"{folder} holds a run that diverged at step {run.manifest['step']}: change its recipe or seed")
+        raise Diverged(f"{folder} holds a run that diverged {run.divergence}: change its recipe or seed")
     return run
 
 
 def _begin(folder: Path, config: RunConfig, *, resume: bool) -> tuple[Transformer, Position, dict[str, Any] | None]:
     """The model, position and optimiser state to start from; clears what an earlier attempt left behind it."""
+    start: tuple[Transformer, Position, dict[str, Any] | None]
+    # Whatever may refuse comes before the config is written, by which the folder belongs to this run alone.
+    going_on = resume and is_file(folder / "config.json") and is_file(folder / STATE)
+    start = load_state(folder) if going_on else (Transformer(config.model, seed=config.seed), Position(), None)
+    position = start[1]
     make_directory(folder / "checkpoints")
-    write_config(folder, config)
-    if resume and (folder / STATE).exists():
-        network, position, moments = load_state(folder)
-    else:
-        network, position, moments = Transformer(config.model, seed=config.seed), Position(), None
-    for file in (folder / "checkpoints").glob("step-*.safetensors"):
-        if int(file.stem.removeprefix("step-")) > position.step:
-            file.unlink()
-    log = folder / "metrics.jsonl"
-    lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
-    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= position.step]
-    atomic_write(log, b"".join(kept))
-    if position.step == 0:
-        shutil.rmtree(folder / "analysis", ignore_errors=not (folder / "analysis").exists())
-    return network, position, moments
+    with storage_errors(folder):
+        if not going_on:
+            # a state of an attempt that this one replaces must not be what a later resume goes on from
+            (folder / STATE).unlink(missing_ok=True)
+        write_config(folder, config)
+        for file in (folder / "checkpoints").glob("step-*.safetensors"):
+            if _step(file) > position.step:
+                file.unlink()
+        log = folder / "metrics.jsonl"
+        lines = log.read_bytes().splitlines(keepends=True) if is_file(log) else []
+        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= position.step]
+        atomic_write(log, b"".join(kept))
+        if position.step == 0:
+            shutil.rmtree(folder / "analysis", ignore_errors=not (folder / "analysis").exists())
+    return start
 
 
 def _best_accuracy(folder: Path) -> float:
     """The best accuracy logged so far, so that a resumed run does not keep a first reaching twice."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return max((json.loads(line)["accuracy_random"] for line in lines), default=-1.0)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.stem.removeprefix("step-"))
 
 
 def _checkpoint(folder: Path, step: int) -> Path:

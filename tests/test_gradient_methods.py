@@ -13,7 +13,7 @@ from circuits.discovery import METHODS, Circuit, Graph, ablated_metric, eap
 from circuits.discovery.ablate import ablated_logits, ablated_logits_by_pair, replacement
 from circuits.discovery.metrics import measure
 from circuits.discovery.sites import sites_of
-from circuits.errors import BadInput
+from circuits.errors import BadInput, UnknownName
 from circuits.tasks.base import Pairs
 
 
@@ -114,9 +114,10 @@ def share(y: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.where(total > 0, proximity / total, 0).mean((1, 2))
 
 
-def test_head_importance_is_the_size_of_activation_times_gradient() -> None:
-    model, pairs = build("attention-only"), some_pairs()
-    got = discovery.hisp(model, pairs)
+@pytest.mark.parametrize("ablation", ["corrupt", "zero"])
+def test_head_importance_is_the_size_of_difference_times_gradient_over_the_blocks_norm(ablation: str) -> None:
+    model, pairs = build("layer-norm"), some_pairs()
+    got = discovery.hisp(model, pairs, ablation=ablation)
     kept: dict[str, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor, *, hook: Any) -> torch.Tensor:
@@ -124,16 +125,40 @@ def test_head_importance_is_the_size_of_activation_times_gradient() -> None:
         tensor.retain_grad()
         return tensor
 
-    names = ["blocks.0.attn.hook_z", "blocks.1.attn.hook_z"]
+    names = [f"blocks.{i}.{part}" for i in (0, 1) for part in ("attn.hook_z", "hook_mlp_out")]
+    with torch.no_grad():
+        _, corrupt = model.run_with_cache(pairs.corrupt)
     with model.hooks(fwd_hooks=[(name, keep) for name in names]):
         measure(discovery.logit_difference, model(pairs.clean), pairs).sum().backward()
     model.zero_grad()
-    sizes = torch.cat([(kept[n] * kept[n].grad).detach().sum((1, 3)).abs() for n in names], 1)  # type: ignore[operator]
-    most = sizes.amax(1)
-    assert got.per_example is not None and not got.signed
+    sizes: dict[str, torch.Tensor] = {}
+    for i in (0, 1):
+        of_block: dict[str, torch.Tensor] = {}
+        for name in (f"blocks.{i}.attn.hook_z", f"blocks.{i}.hook_mlp_out"):
+            change = kept[name] - (corrupt[name] if ablation == "corrupt" else 0)
+            along = (change * kept[name].grad).detach().sum((1, -1)).abs()  # type: ignore[operator]
+            heads = along.T if along.ndim == 2 else [along]
+            of_block |= {(f"m{i}" if along.ndim == 1 else f"a{i}.h{h}"): x for h, x in enumerate(heads)}
+        norm = torch.stack([x.mean() for x in of_block.values()]).norm()
+        sizes |= {name: x / norm for name, x in of_block.items()}
+    most = max(sizes.values(), key=lambda x: float(x.mean()))
+    assert got.per_example is not None and not got.signed and got.details["ablation"] == ablation
     for (source, reader), column in zip(got.graph.edges, got.per_example.T, strict=True):
-        ends = [sizes[:, 2 * int(n[1]) + int(n[4])] if n[0] == "a" else most for n in (source, reader)]
-        assert close(column, torch.minimum(*ends), 1e-4), (source, reader)
+        ends = [sizes.get(source, most), sizes.get(reader.rsplit(".", 1)[0] if "." in reader else reader, most)]
+        assert close(column, min(ends, key=lambda x: float(x.mean())), 1e-4), (source, reader)
+
+
+def test_the_edges_of_most_importance_are_those_among_the_most_important_components() -> None:
+    got = discovery.hisp(build("layer-norm", n_layers=3), some_pairs(9))
+    scores = [round(score, 5) for score in got.scores.tolist()]  # sums of the same numbers may differ by rounding
+    assert len(set(scores)) > 5
+    for value in set(scores) - {min(scores)}:
+        chosen = [edge for edge, score in zip(got.graph.edges, scores, strict=True) if score >= value]
+        ends = {source for source, _ in chosen} | {reader.rsplit(".", 1)[0] for _, reader in chosen}
+        inside = [(u, v) for u, v in got.graph.edges if u in ends and v.rsplit(".", 1)[0] in ends]
+        assert sorted(chosen) == sorted(inside)
+    with pytest.raises(UnknownName, match="unknown ablation of hisp 'mean'"):
+        discovery.hisp(build(), some_pairs(), ablation="mean")
 
 
 @pytest.mark.parametrize("architecture", ["GPT2", "GPTNeoX", "Llama"])

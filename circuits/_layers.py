@@ -23,6 +23,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 NORMALIZATIONS = (None, "LN", "RMS")
 EPS = 1e-5
+MOST_LAYERS = 1024
+MOST_NUMBERS = 2**32
+"""Most weights and entries of masks in a model: 16 GiB of them. Far beyond, torch fails in ways that name no cause."""
 ALL = slice(None)
 
 
@@ -31,7 +34,8 @@ class ModelConfig:
     """The shape of a transformer; sizes left as None are resolved on construction.
 
     Raises:
-        BadInput: a size is not a positive integer, a name is unknown, or two fields contradict each other.
+        BadInput: a size is not a positive integer, all of them make too large a model, a name is unknown, or two fields
+            contradict each other.
     """
 
     d_vocab: int
@@ -87,11 +91,29 @@ class ModelConfig:
                 raise BadInput(f"{name} {value!r}: expected None or a finite number of at least 0")
         if self.tied and self.d_vocab_out != self.d_vocab:
             raise BadInput(f"tied: d_vocab_out {self.d_vocab_out} must equal d_vocab {self.d_vocab}")
+        if (numbers := self._count()) > MOST_NUMBERS:
+            names = ("d_vocab", "d_vocab_out", "n_ctx", "n_layers", "d_model", "n_heads", "d_head", "d_mlp")
+            sizes = ", ".join(f"{name} {getattr(self, name)}" for name in names)
+            raise BadInput(
+                f"{sizes}: together {numbers:.2g} weights and mask entries: expected at most {MOST_NUMBERS:.2g}; "
+                "choose smaller sizes"
+            )
 
     def _check_size(self, name: str) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise BadInput(f"{name} {value!r}: expected an integer of at least 1")
+        most = MOST_LAYERS if name == "n_layers" else MOST_NUMBERS
+        if value > most:
+            raise BadInput(f"{name} {value}: expected at most {most}")
+
+    def _count(self) -> int:
+        """Return how many weights (without biases and norms, which are few) and mask entries the model has."""
+        assert self.d_head is not None and self.d_mlp is not None and self.d_vocab_out is not None
+        ends = self.d_vocab + (0 if self.tied else self.d_vocab_out) + (self.n_ctx if self.positional else 0)
+        attention = 4 * self.n_heads * self.d_head * self.d_model + (self.n_ctx**2 if self.causal else 0)
+        mlp = 0 if self.attn_only else (3 if self.gated else 2) * self.d_mlp * self.d_model
+        return ends * self.d_model + self.n_layers * (attention + mlp)
 
 
 class HookPoint(LensHookPoint):

@@ -201,12 +201,27 @@ def test_weights_follow_from_the_seed_and_touch_no_global_state() -> None:
         {"uniform_weight": math.inf},
         {"init_std": -1.0},
         {"tied": True, "d_vocab_out": 3},
+        {"n_layers": 1025},
+        {"d_model": 10**30},
+        {"d_head": 2**40},
+        {"d_mlp": 2**32},
+        {"d_vocab": 2**31},
+        {"n_ctx": 2**17},
+        {"n_layers": 1000, "d_model": 10_000, "n_heads": 1},
     ],
 )
 def test_an_impossible_config_is_refused_by_name(fields: dict[str, Any]) -> None:
     with pytest.raises(BadInput) as error:
         ModelConfig(**{**SMALL, **fields})
     assert any(str(value) in str(error.value) for value in fields.values())
+
+
+@variants
+def test_what_a_model_holds_is_counted_before_it_is_made(variant: str) -> None:
+    model = build(variant)
+    weights = sum(weight.numel() for name, weight in model.named_parameters() if ".W_" in name)
+    masks = sum(block.attn.mask.numel() for block in model.blocks if block.attn.mask is not None)
+    assert model.config._count() == weights + masks
 
 
 def test_config_sizes_resolve_and_survive_json() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from circuits.errors import BadInput, CorruptRun
 from circuits.mechanisms import RULE, TESTS, Evidence, Verdict, decide
 from circuits.mechanisms.functional_form import hinge_features, wave_features, wave_fit
-from circuits.mechanisms.interchange import class_means, orthonormal, slope
 from circuits.mechanisms.least_squares import block_fits, greedy_fit, r_squared
+from circuits.mechanisms.operand_parts import class_means, orthonormal, slope
 from circuits.mechanisms.readings import discrete_logarithm
 from circuits.mechanisms.rectangles import best_rectangles, edge_grid, two_level_share
 from circuits.mechanisms.spectral import frequency_basis, project
@@ -263,7 +264,15 @@ def _items(
         (_items(line=1.0, least=0.0), "undetermined", None),
         (_items(line=1.0, least=0.0, result=0.9), "heuristics", "result-range-bag"),
         (_items(rect=0.8), "heuristics", "range-lookup"),
-        (_items(train=0.92, random=0.91, form=0.95, swap=1.0), "not-learned", None),
+        (_items(train=0.92, random=0.91, form=0.95, swap=1.0), "algorithm", "fourier"),
+        (_items(train=0.92, random=0.91), "not-learned", None),
+        (_items(train=0.7, random=0.69, rect=0.8), "heuristics", "range-lookup"),
+        (_items(train=0.7, random=0.4, rect=0.8), "not-learned", None),
+        (_items(random=0.88, rect=0.8), "heuristics", "range-lookup"),
+        (_items(random=0.88, region=(0.98, 0.1, True)), "mixed", "fourier"),
+        (_items(line=1.0, result=0.9), "heuristics", "result-range-bag"),
+        (_items(form=0.95, swap=1.0, listed=(0.0, 0.1, 1.0)), "mixed", "fourier"),
+        (_items(form=0.95, swap=1.0, listed=(0.9, 1.0, 0.1)), "undetermined", None),
         (_items(train=0.96, random=0.93, form=0.95, swap=1.0), "algorithm", "fourier"),
         (_items(train=1.0, random=0.93, form=0.95, swap=1.0), "mixed", "fourier"),
         (_items(region=(0.98, 0.1, True)), "mixed", "fourier"),
@@ -272,7 +281,7 @@ def _items(
         (_items(listed=(1.0, 1.0, float("nan"))), "memorisation", "pairs"),
         (_items(listed=(0.0, 0.4, 1.0), line=0.8), "mixed", "number-line"),
         (_items(listed=(0.0, 0.4, 0.1), line=0.8), "undetermined", None),
-        (_items(rect=0.8, form=0.95, swap=1.0), "algorithm", "fourier"),
+        (_items(rect=0.8, form=0.95, swap=1.0), "undetermined", None),
         (_items(gap=0.5, slices=(0.5, False)), "heuristics", None),
         (_items(gap=0.5), "undetermined", None),
         (_items(random=0.8), "undetermined", None),
@@ -286,6 +295,24 @@ def test_rule(items, label, mechanism):
 
 def test_slices_that_do_not_decide_do_not_count():
     assert decide(_items(gap=0.5, slices=(0.5, None))).label == "undetermined"
+
+
+def test_evidence_for_and_against_is_told_apart():
+    deciding = {"accuracy-gate": True, "spectral": True, "functional-form": True}
+    items = tuple(replace(e, passed=deciding.get(e.test, e.passed)) for e in _items(form=0.95, swap=1.0, rect=0.2))
+    verdict = decide(items)
+    assert {said.split(" ")[0] for said in verdict.evidence_for} >= {"accuracy-gate", "spectral", "functional-form"}
+    assert verdict.evidence_against == ()
+    other = decide(tuple(replace(e, passed=False if e.test == "spectral" else e.passed) for e in _items(rect=0.8)))
+    assert other.mechanism == "range-lookup" and not any("fourier" in said for said in other.evidence_for)
+    conflict = decide(_items(form=0.95, swap=1.0, rect=0.8))
+    assert "The evidence disagrees" in conflict.why and "rectangles" in conflict.why
+    assert any("for range-lookup" in said for said in conflict.evidence_for)
+    lookup = decide(_items(rect=0.8))
+    assert any(said.startswith("rectangles 0.80") for said in lookup.evidence_for)
+    assert not any("against fourier" in said for said in lookup.evidence_against)
+    shown = conflict._repr_html_()
+    assert "<li>" in shown and "For" in shown
 
 
 def test_verdict_round_trip_and_damage(tmp_path):

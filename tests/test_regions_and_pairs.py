@@ -7,7 +7,14 @@ import torch
 from constructions import waves_where, whole_table
 
 from circuits.mechanisms import pair_lookup, region_interchange
-from circuits.mechanisms.interchange import digit_components, digit_swapped, orthonormal, random_basis, written_to
+from circuits.mechanisms.operand_parts import (
+    digit_components,
+    digit_swapped,
+    orthonormal,
+    part_of,
+    random_part,
+    written_to,
+)
 from circuits.mechanisms.pair_lookup import knows_pairs
 from circuits.mechanisms.region_interchange import Tried, find_region
 from circuits.reference import build
@@ -87,12 +94,19 @@ def test_a_list_of_pairs_is_lost_with_its_neurons_and_an_algorithm_is_not() -> N
         assert pair_lookup(model, task).value < 0.05
 
 
-def test_random_subspaces_lie_in_the_span_of_the_embedding() -> None:
-    embedding = torch.randn(12, 20, generator=torch.Generator().manual_seed(0))
-    span, basis = orthonormal((embedding - embedding.mean(0)).T), random_basis(embedding, 4, 1)
-    assert (span.shape[1], basis.shape[1]) == (11, 4)
-    assert torch.allclose(span @ (span.T @ basis), basis, atol=1e-5)
-    assert random_basis(embedding, 20, 1).shape[1] == 11
+def test_parts_are_what_functions_of_the_operand_explain_however_directions_lie() -> None:
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(12, 20, generator=generator)
+    functions = torch.randn(12, 3, generator=generator)
+    read_off = torch.linalg.pinv(embedding) @ functions  # a linear map that reads the functions off the embedding
+    part = part_of(embedding, functions)
+    differ = functions - functions.mean(0)
+    assert torch.allclose(part @ read_off - (part @ read_off).mean(0), differ, atol=1e-4)
+    assert orthonormal((part - part.mean(0)).T).shape[1] == 3
+    random = random_part(embedding, 4, 1)
+    assert orthonormal((random - random.mean(0)).T).shape[1] == 4
+    assert torch.equal(random, random_part(embedding, 4, 1))
+    assert orthonormal((random_part(embedding, 20, 1) - 0).T).shape[1] <= 11
 
 
 def test_digits_are_told_apart_where_the_last_ten_is_not_full() -> None:

@@ -17,7 +17,7 @@ from circuits.mechanisms.clock_pizza import clock_or_pizza
 from circuits.mechanisms.columns import column_interchange
 from circuits.mechanisms.das import das, das_available
 from circuits.mechanisms.description_length import description_length
-from circuits.mechanisms.digit_search import digit_search
+from circuits.mechanisms.digit_neurons import digit_neurons
 from circuits.mechanisms.distance_irrelevance import distance_irrelevance
 from circuits.mechanisms.equivariance import equivariance
 from circuits.mechanisms.error_pattern import error_pattern
@@ -34,7 +34,7 @@ from circuits.mechanisms.readings import Readings, has_one_answer_token, read
 from circuits.mechanisms.rectangles import rectangles
 from circuits.mechanisms.region_interchange import region_interchange
 from circuits.mechanisms.result_heuristics import result_heuristics
-from circuits.mechanisms.rule import RULE, VERSION, Thresholds, decide, learned, rule_table, unexplained
+from circuits.mechanisms.rule import RULE, VERSION, Thresholds, decide, rule_table, worth_explaining
 from circuits.mechanisms.slice_transfer import slice_transfer
 from circuits.mechanisms.spectral import spectral
 from circuits.mechanisms.taxonomy import taxonomy
@@ -65,7 +65,7 @@ TESTS: dict[str, Callable[..., Evidence]] = {
     "description-length": description_length,
     "das": das,
     "pair-lookup": pair_lookup,
-    "digit-search": digit_search,
+    "digit-neurons": digit_neurons,
     "column-interchange": column_interchange,
     "carry-cascade": carry_cascade,
 }
@@ -82,8 +82,8 @@ DECIDING = (
 )
 """Tests that the rule reads, of tasks with one answer token; they share one ``Readings`` of the operand square."""
 
-SEARCHING = ("digit-search",)
-"""Costlier tests that the rule reads where the others leave a model that generalises unexplained; only then run."""
+DIGITS = ("digit-neurons",)
+"""The same where answers do not wrap around."""
 
 DESCRIBING = (
     "taxonomy",
@@ -106,7 +106,6 @@ __all__ = [
     "BUDGETS",
     "LABELS",
     "RULE",
-    "SEARCHING",
     "TESTS",
     "VERSION",
     "Evidence",
@@ -126,7 +125,7 @@ __all__ = [
     "decide",
     "declare",
     "description_length",
-    "digit_search",
+    "digit_neurons",
     "distance_irrelevance",
     "equivariance",
     "error_pattern",
@@ -155,8 +154,6 @@ __all__ = [
 def applicable(task: Task, *, budget: str = "full") -> tuple[str, ...]:
     """Names of the tests that a task allows, in the order in which ``explain`` runs them.
 
-    Those in ``SEARCHING`` it runs only where the tests before them find nothing.
-
     Raises:
         UnknownName: ``budget`` is not one of ``BUDGETS``.
     """
@@ -165,8 +162,8 @@ def applicable(task: Task, *, budget: str = "full") -> tuple[str, ...]:
     if has_one_answer_token(task):
         more = (*(MODULAR if task.period else ()), *DESCRIBING) if budget == "full" else ()
         more = tuple(name for name in more if name != "das" or das_available())
-        searches = () if task.period else SEARCHING
-        return ("accuracy-gate", "block-gap", *DECIDING, *searches, *more)
+        digits = () if task.period else DIGITS
+        return ("accuracy-gate", "block-gap", *DECIDING, *digits, *more)
     if any(change.startswith("carry into column") for change in getattr(task, "pair_changes", ())):
         return ("accuracy-gate", "block-gap", "column-interchange", "carry-cascade")
     return ("accuracy-gate", "block-gap")
@@ -203,12 +200,10 @@ def explain(model: Any, task: Task, *, seed: int = 0, budget: str = "full", prog
     items: list[Evidence] = []
     readings: Readings | None = None
     for name in tqdm(applicable(task, budget=budget), desc="explain", unit="test", disable=not progress, leave=False):
-        if len(items) == 2 and not learned(items[0]):
+        if len(items) == 2 and not worth_explaining(items[0]):
             break
-        if name in SEARCHING and not unexplained(tuple(items)):
-            continue
         started = time.perf_counter()
-        if name in (*DECIDING, *SEARCHING, *DESCRIBING, *MODULAR):
+        if name in (*DECIDING, *DIGITS, *DESCRIBING, *MODULAR):
             readings = readings or read(model, task, seed=seed)
             evidence = TESTS[name](model, task, seed=seed, readings=readings)
         else:

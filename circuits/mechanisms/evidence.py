@@ -53,6 +53,11 @@ class Verdict:
     rule: str
     sub_label: str | None = None
     """Of a Fourier algorithm: clock, pizza or mixed. A description; nothing is decided by it."""
+    evidence_for: tuple[str, ...] = ()
+    """What each test that speaks for the verdict says; for ``undetermined``: for some mechanism."""
+    evidence_against: tuple[str, ...] = ()
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    """The rule's thresholds by name."""
 
     def __post_init__(self) -> None:
         if self.label not in LABELS:
@@ -66,14 +71,6 @@ class Verdict:
 
     def __contains__(self, test: str) -> bool:
         return any(item.test == test for item in self.items)
-
-    @property
-    def thresholds(self) -> dict[str, float]:
-        """The rule's thresholds by name; none if the verdict was made by another version of the rule than this one."""
-        # the rule makes verdicts, so that it cannot be known before them
-        from circuits.mechanisms.rule import VERSION, rule_table
-
-        return rule_table() if self.rule == VERSION else {}
 
     @property
     def evidence(self) -> pd.DataFrame:
@@ -152,7 +149,12 @@ class Verdict:
         table = self.to_frame()[columns].to_html(float_format=lambda v: f"{v:.3f}")
         shown = "".join(f"<tr><td>{name}</td><td>{value:g}</td></tr>" for name, value in self.thresholds.items())
         rule = f"<details><summary>rule {escape(self.rule)}</summary><table>{shown}</table></details>"
-        return f"<p>{head}<br>{escape(self.why)}</p>{table}{rule}"
+        said = "".join(
+            f"<p>{title}</p><ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in sentences)}</ul>"
+            for title, sentences in (("For", self.evidence_for), ("Against", self.evidence_against))
+            if sentences
+        )
+        return f"<p>{head}<br>{escape(self.why)}</p>{said}{table}{rule}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the verdict as JSON data; not-a-number becomes null."""
@@ -170,7 +172,8 @@ class Verdict:
                 Evidence(**{**e, "interval": tuple(_nan(v) for v in e["interval"]), "value": _nan(e["value"])})
                 for e in data["items"]
             )
-            return Verdict(**{**data, "items": items})
+            said = {name: tuple(data[name]) for name in ("evidence_for", "evidence_against")}
+            return Verdict(**{**data, "items": items, **said})
         except (KeyError, TypeError) as error:
             raise CorruptRun(f"not a stored verdict ({error}); run the analysis again") from error
 

@@ -13,15 +13,8 @@ from torch import Tensor
 
 from circuits._stats import wilson_interval
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.interchange import (
-    Candidate,
-    Swap,
-    candidates,
-    draw_swaps,
-    operand_embedding,
-    random_basis,
-    swap_holds,
-)
+from circuits.mechanisms.interchange import Candidate, Candidates, Swap, candidates, draw_swaps
+from circuits.mechanisms.operand_parts import random_part
 from circuits.mechanisms.readings import Readings, read
 from circuits.tasks.base import Task
 
@@ -111,12 +104,16 @@ def find_region(first: Tried, second: Tried, n: int, *, seed: int) -> Region | N
 
 
 def try_swaps(
-    model: Any, task: Task, swap: Swap, candidate: Candidate, component: Float[Tensor, "n d"] | None = None
+    model: Any,
+    task: Task,
+    swap: Swap,
+    at: Candidates,
+    candidate: Candidate,
+    component: Float[Tensor, "n d"] | None = None,
 ) -> Tried:
-    """Swap the candidate's part of the embedding, or another, on every row, and keep the rows that count."""
+    """Swap the candidate's part of the state, or another, on every row, and keep the rows that count."""
     predicted = candidate.predict(swap)
-    component = candidate.component if component is None else component
-    holds, counts = swap_holds(model, task, swap, component, 0, predicted)
+    holds, counts = at.holds(model, task, swap, candidate, component)
     counts = counts.cpu()
     base = swap.base[counts]
     # the pair whose answer is predicted: with b as it is, the answer tells the first operand
@@ -132,8 +129,8 @@ def region_interchange(model: Any, task: Task, *, seed: int = 0, readings: Readi
 
     For each algorithm whose variables work somewhere and not everywhere, a third of the swaps gives the share that
     hold by operand value, a third a decision tree whose leaves make up the region, and a third is judged: inside (both
-    the base pair and the pair whose answer is predicted lie there) and outside. The control is a random subspace of
-    equal rank, inside.
+    the base pair and the pair whose answer is predicted lie there) and outside. The control swaps the part that as
+    many random functions of the operand explain, inside.
 
     A network passes that carries out an algorithm on one part of its inputs and does something else on the rest, with
     the right answers on both.
@@ -145,16 +142,15 @@ def region_interchange(model: Any, task: Task, *, seed: int = 0, readings: Readi
     """
     start = time.perf_counter()
     readings = readings or read(model, task, seed=seed)
-    embedding = operand_embedding(model, task)
     swaps = draw_swaps(model, task, n=SWAPS, seed=seed + 7)
     thirds = [Swap(swaps.base[i::3], swaps.source[i::3], swaps.right[i::3]) for i in range(3)]
-    found, _ = candidates(model, task, readings, embedding, thirds[0], seed=seed)
-    by_name = {candidate.name: candidate for candidate in found}
+    at = candidates(model, task, readings, thirds[0], seed=seed)
+    by_name = {candidate.name: candidate for candidate in at.found}
     results = []
     for algorithm, names in ALGORITHMS.items():
         if set(names) <= set(by_name):
             variables = [by_name[name] for name in names]
-            results.append(_judged(model, task, readings, embedding, algorithm, variables, thirds, seed))
+            results.append(_judged(model, task, readings, at, algorithm, variables, thirds, seed))
     if any(r["algorithm"] == "number-line" and r["inside"] >= PASSES for r in results):
         # one direction that carries the operand carries its digits too
         results = [r for r in results if r["algorithm"] != "columns"]
@@ -167,8 +163,8 @@ def region_interchange(model: Any, task: Task, *, seed: int = 0, readings: Readi
         value=best["inside"] - best["outside"],
         interval=(low - best["outside"], high - best["outside"]),
         control=best["control"],
-        control_name="random subspace of equal rank, inside",
-        threshold=f"inside >= {PASSES}, outside <= {FAILS}, random subspace <= {FAILS}, right on both",
+        control_name="random functions of the operand, as many, inside",
+        threshold=f"inside >= {PASSES}, outside <= {FAILS}, random functions <= {FAILS}, right on both",
         passed=passed and min(best["right_inside"], best["right_outside"]) >= 0.9,
         details=best,
         source="Geiger et al. 2021, arXiv 2106.02997; Pislar et al. 2025, arXiv 2503.11429",
@@ -184,7 +180,7 @@ def _judged(
     model: Any,
     task: Task,
     readings: Readings,
-    embedding: Tensor,
+    at: Candidates,
     algorithm: str,
     variables: list[Candidate],
     thirds: list[Swap],
@@ -193,11 +189,11 @@ def _judged(
     """Find the region of the algorithm's first variable that has one, and judge all its variables there."""
     nothing: dict[str, Any] = {"algorithm": algorithm} | dict.fromkeys(_COUNTS, 0) | dict.fromkeys(_SHARES, 0.0)
     n = task.n_operand_values
-    first = [try_swaps(model, task, thirds[0], v) for v in variables]
+    first = [try_swaps(model, task, thirds[0], at, v) for v in variables]
     rates = [float(t.holds.float().mean()) for t in first if len(t.holds)]
     if not rates or not FAILS * SMALLEST <= min(rates) < HOLDS:
         return nothing
-    later = [[try_swaps(model, task, s, v) for s in thirds[1:]] for v in variables]
+    later = [[try_swaps(model, task, s, at, v) for s in thirds[1:]] for v in variables]
     tried = [[one, *others] for one, others in zip(first, later, strict=True)]
     region = find_region(tried[0][0], tried[0][1], n, seed=seed)
     if region is None:
@@ -210,9 +206,9 @@ def _judged(
         within = region.contains(judged.base) & region.contains(judged.moved)
         inside.append(judged.holds[within])
         outside.append(judged.holds[~within])
-        basis = random_basis(embedding, variable.rank, seed)
-        for kept, part in ((control, embedding @ basis @ basis.T), (rest, embedding - variable.component)):
-            again = try_swaps(model, task, thirds[2], variable, part)
+        random = random_part(at.states, variable.rank, seed)
+        for kept, part in ((control, random), (rest, at.states - variable.component)):
+            again = try_swaps(model, task, thirds[2], at, variable, part)
             kept.append(again.holds[region.contains(again.base) & region.contains(again.moved)])
     operands, worst = readings.operands.cpu(), min(inside, key=_share)
     here, right = region.contains(operands), readings.right.cpu()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from circuits.mechanisms.evidence import Evidence, Verdict
+from circuits.mechanisms.testimony import testimony
 
 VERSION = "arithmetic-6"
 
@@ -17,6 +17,9 @@ class Thresholds:
     learned_train: float = 0.95
     generalises: float = 0.95
     memorised_unseen: float = 0.2
+    memorised_luck: float = 0.10
+    errs_learned: float = 0.50
+    errs_alike: float = 0.05
     frequency_share: float = 0.75
     explained: float = 0.90
     restricted: float = 0.95
@@ -25,7 +28,6 @@ class Thresholds:
     interchange_control: float = 0.10
     interchange_complement: float = 0.10
     interchange_random: float = 0.75
-    spare_dimensions: float = 2
     line_interchange: float = 0.95
     columns_line: float = 0.50
     hinge_share: float = 0.75
@@ -43,13 +45,9 @@ class Thresholds:
     block_algorithm: float = 0.05
     block_heuristic: float = 0.20
     column_interchange: float = 0.95
-    digit_search: float = 0.95
-    digit_search_renamed: float = 0.20
 
 
 RULE = Thresholds()
-MORE = 0.05
-"""By so much training pairs may be more often right than unseen ones, where an algorithm has limits."""
 HEURISTICS = {"rectangles": "range-lookup", "result-heuristics": "result-range-bag"}
 """The mechanism that a test of heuristics stands for."""
 
@@ -62,99 +60,129 @@ def rule_table(rule: Thresholds = RULE) -> dict[str, float]:
 def decide(items: tuple[Evidence, ...], rule: Thresholds = RULE) -> Verdict:
     """Return the verdict that the rule gives on some evidence.
 
-    In order: not learned; memorisation (training pairs right, unseen pairs wrong once mirror images are set aside);
-    an algorithm (a candidate passes all its tests, and the held-out block agrees); a mixture (a candidate's variables
-    work on one region and fail on the rest); a lookup of all pairs; matching of ranges of the operands or of ranges and
-    residues of the result (each survives idealisation); heuristics (two or more signs and no algorithm); otherwise
-    mixed or undetermined. Slices are a sign of heuristics, but do not speak against an algorithm that passes: a
-    magnitude code answers small and large numbers with different neurons of the same kind.
+    In order: not learned; memorisation (training pairs right, unseen pairs wrong once mirror images are set aside); a
+    list that overrules an algorithm; an algorithm (a candidate passes all its tests, no test of heuristics or lists
+    passes too, and the held-out block agrees); a mixture (a candidate's variables work on one region and fail on the
+    rest); a lookup of all pairs; matching of ranges of the operands or of ranges and residues of the result (each
+    survives idealisation); heuristics (two or more signs and no algorithm); otherwise mixed or undetermined. Where an
+    algorithm and something else pass all their tests, the evidence disagrees: undetermined. Slices are a sign of
+    heuristics, but do not speak against an algorithm that passes: a magnitude code answers small and large numbers
+    with different neurons of the same kind. A network that errs, alike on training and on unseen pairs, is named if a
+    mechanism passes, errors and all.
     """
     by = {e.test: e for e in items}
     gate = by["accuracy-gate"]
     train, unseen = gate.number("train"), gate.number("random")
-    unmirrored = gate.number("unmirrored")
-
-    def verdict(label: str, mechanism: str | None, why: str) -> Verdict:
-        return Verdict(label, mechanism, items, why, VERSION)
-
-    if not learned(gate, rule):
-        return verdict(
-            "not-learned",
-            None,
-            f"Right on {train:.0%} of the training pairs and {unseen:.0%} of unseen ones: the task is not learned, so "
-            "there is no mechanism to name.",
-        )
     candidates = {name: _candidate(name, by, rule) for name in ("fourier", "number-line", "columns")}
     passing = [name for name, (passes, _) in candidates.items() if passes]
-    if unmirrored < rule.memorised_unseen:
-        if passing:
-            return verdict(
-                "mixed",
-                passing[0],
-                f"Unseen pairs are right in only {unmirrored:.0%}, yet {candidates[passing[0]][1]}.",
-            )
-        mirror = "" if abs(unmirrored - unseen) < 0.02 else f" ({unseen:.0%} with pairs whose mirror image was trained)"
-        return verdict(
-            "memorisation",
-            "pairs",
-            f"Right on {train:.0%} of the training pairs but on only {unmirrored:.0%} of unseen ones{mirror}: "
-            f"what was learned is the list of training pairs. {_against(candidates)}",
-        )
-    if passing and train - MORE <= unseen < rule.generalises and unseen >= rule.limited:
-        return verdict(
-            "algorithm",
-            passing[0],
-            f"{candidates[passing[0]][1]}; it errs alike on training pairs ({train:.0%} right) and on unseen ones "
-            f"({unseen:.0%}), so that the algorithm is limited, not a list.",
-        )
+
+    def verdict(label: str, mechanism: str | None, why: str) -> Verdict:
+        supports, opposes = testimony(items, label, mechanism)
+        return Verdict(label, mechanism, items, why, VERSION, None, supports, opposes, rule_table(rule))
+
+    right = f"Right on {train:.0%} of the training pairs and {unseen:.0%} of unseen ones"
+    unknown = f"{right}: the task is not learned, so there is no mechanism to name."
+    if not worth_explaining(gate, rule):
+        return verdict("not-learned", None, unknown)
+    if learned(gate, rule) and _memorised(gate, rule):
+        return verdict(*_memorisation(gate, candidates, passing))
+    named = _named(by, candidates, passing, rule)
+    if named is not None:
+        return verdict(*named)
+    if not learned(gate, rule):
+        return verdict("not-learned", None, unknown)
+    against = f"{_against(candidates)}{_against_ranges(by)}"
     if unseen < rule.generalises:
         return verdict(
-            "mixed" if passing else "undetermined",
-            passing[0] if passing else None,
-            f"Right on {train:.0%} of the training pairs and {unseen:.0%} of unseen ones: more than a list of pairs, "
-            f"less than a rule. {_against(candidates)}",
+            "undetermined", None, f"{right}: more than a list of pairs, less than a rule. {against}".rstrip()
         )
-    return _generalising(by, candidates, passing, rule, verdict)
-
-
-def _generalising(
-    by: dict[str, Evidence],
-    candidates: dict[str, tuple[bool, str]],
-    passing: list[str],
-    rule: Thresholds,
-    verdict: Callable[[str, str | None, str], Verdict],
-) -> Verdict:
-    gap, slices = by.get("block-gap"), by.get("slice-transfer")
-    # few pairs in the block make for a wide interval: what speaks against an algorithm is a gap that they show
-    small_gap = gap is None or not gap.interval[0] > rule.block_algorithm or _only_cascades_fail(by, rule)
-    if passing and small_gap:
-        name = passing[0]
-        return verdict("algorithm", name, f"{candidates[name][1]}; {_agreement(gap, slices)}.")
-    if passing:
-        return verdict(
-            "mixed",
-            passing[0],
-            f"{candidates[passing[0]][1]}, but {_agreement(gap, slices)}: the algorithm does not hold everywhere.",
-        )
-    part = _region(by, rule) or _overruled(by, rule)
-    if part is not None:
-        return verdict("mixed", *part)
-    if "pair-lookup" in by and by["pair-lookup"].passed:
-        return verdict("memorisation", "pairs", _pair_words(by["pair-lookup"]))
-    for name, words in (("rectangles", _range_words), ("result-heuristics", _result_words)):
-        if name in by and (by[name].passed or (name == "rectangles" and _many_ranges(by[name], rule))):
-            return verdict("heuristics", HEURISTICS[name], words(by[name]))
     signs = _heuristic_signs(by, rule)
     if len(signs) >= 2:
         return verdict("heuristics", None, f"No candidate algorithm passes, and {' and '.join(signs)}.")
     seen = f" One sign of heuristics: {signs[0]}." if signs else ""
-    return verdict("undetermined", None, f"Generalises, but no candidate explains how. {_against(candidates)}{seen}")
+    return verdict("undetermined", None, f"Generalises, but no candidate explains how. {against}{seen}")
 
 
-def unexplained(items: tuple[Evidence, ...], rule: Thresholds = RULE) -> bool:
-    """Whether unseen pairs are right too and no test so far says how: what costlier searches are for."""
-    gate = next(e for e in items if e.test == "accuracy-gate")
-    return gate.number("random") >= rule.generalises and decide(items, rule).label == "undetermined"
+def _memorised(gate: Evidence, rule: Thresholds) -> bool:
+    """Whether unseen pairs, mirror images set aside, are wrong, or right no more often than by luck."""
+    low = gate.number("unmirrored_low", 1.0)
+    return gate.number("unmirrored") < rule.memorised_unseen or low < gate.number("chance", 0.0) + rule.memorised_luck
+
+
+def _memorisation(
+    gate: Evidence, candidates: dict[str, tuple[bool, str]], passing: list[str]
+) -> tuple[str, str | None, str]:
+    train, unseen, unmirrored = gate.number("train"), gate.number("random"), gate.number("unmirrored")
+    if passing:
+        return (
+            "mixed",
+            passing[0],
+            f"Unseen pairs are right in only {unmirrored:.0%}, yet {candidates[passing[0]][1]}.",
+        )
+    mirror = "" if abs(unmirrored - unseen) < 0.02 else f" ({unseen:.0%} with pairs whose mirror image was trained)"
+    return (
+        "memorisation",
+        "pairs",
+        f"Right on {train:.0%} of the training pairs but on only {unmirrored:.0%} of unseen ones{mirror}: "
+        f"what was learned is the list of training pairs. {_against(candidates)}",
+    )
+
+
+def _named(
+    by: dict[str, Evidence], candidates: dict[str, tuple[bool, str]], passing: list[str], rule: Thresholds
+) -> tuple[str, str | None, str] | None:
+    """The mechanism, or mixture of two, whose tests pass, and the sentence that says by what; None where none's do."""
+    over = _overruled(by, rule)
+    if over is not None:
+        return ("mixed", *over)
+    others = [test for test in ("pair-lookup", *HEURISTICS) if test in by and by[test].passed]
+    # a bag of ranges and residues of the result moves with the operands as a line does: what its neurons are decides
+    passing = [name for name in passing if not (name == "number-line" and "result-heuristics" in others)]
+    if passing and others and passing[0] != "columns":  # columns were held against them already
+        return (
+            "undetermined",
+            None,
+            f"The evidence disagrees: {candidates[passing[0]][1]}; yet {', '.join(others)} passes too.",
+        )
+    if passing:
+        return _algorithm(by, candidates, passing[0], rule)
+    part = _region(by, rule)
+    if part is not None:
+        return ("mixed", *part)
+    if "pair-lookup" in others:
+        return "memorisation", "pairs", _pair_words(by["pair-lookup"])
+    for name, words in (("rectangles", _range_words), ("result-heuristics", _result_words)):
+        if name in others or (name == "rectangles" and name in by and _many_ranges(by[name], rule)):
+            return "heuristics", HEURISTICS[name], words(by[name])
+    return None
+
+
+def _algorithm(
+    by: dict[str, Evidence], candidates: dict[str, tuple[bool, str]], name: str, rule: Thresholds
+) -> tuple[str, str | None, str]:
+    """What an algorithm that passes all its tests amounts to, by how far it holds."""
+    gate, gap, slices = by["accuracy-gate"], by.get("block-gap"), by.get("slice-transfer")
+    train, unseen = gate.number("train"), gate.number("random")
+    words = candidates[name][1]
+    if unseen < rule.generalises:
+        if train - rule.errs_alike <= unseen and unseen >= rule.limited:
+            return (
+                "algorithm",
+                name,
+                f"{words}; it errs alike on training pairs ({train:.0%} right) and on unseen ones "
+                f"({unseen:.0%}), so that the algorithm is limited, not a list.",
+            )
+        return "mixed", name, f"{words}; yet {unseen:.0%} of unseen pairs are right, {train:.0%} of training pairs."
+    # few pairs in the block make for a wide interval: what speaks against an algorithm is a gap that they show
+    if gap is None or not gap.interval[0] > rule.block_algorithm or _only_cascades_fail(by, rule):
+        return "algorithm", name, f"{words}; {_agreement(gap, slices)}."
+    return "mixed", name, f"{words}, but {_agreement(gap, slices)}: the algorithm does not hold everywhere."
+
+
+def worth_explaining(gate: Evidence, rule: Thresholds = RULE) -> bool:
+    """Whether there may be a mechanism: the task is learned, or done with errors, alike on unseen pairs."""
+    train, unseen = gate.number("train"), gate.number("random")
+    return learned(gate, rule) or (train >= rule.errs_learned and unseen >= train - rule.errs_alike)
 
 
 def learned(gate: Evidence, rule: Thresholds = RULE) -> bool:
@@ -224,16 +252,13 @@ def _pair_words(pairs: Evidence) -> str:
 def _swap_control(swap: Evidence, rule: Thresholds) -> bool:
     """Whether a swap of frequencies is about the frequencies, and not about so many dimensions.
 
-    Either a random subspace of as many dimensions does not carry the operand; or, where many frequencies take up a
-    good part of the embedding and a random subspace overlaps them, the rest of the embedding does not carry it. Where
-    the embedding has hardly any dimensions besides, the swap decides nothing, and neither speaks against.
+    Either as many random functions of the operand do not carry it; or, where there are many frequencies and random
+    functions overlap them, the rest of the state does not carry it.
     """
     if swap.number("frequencies_control") <= rule.interchange_control:
         return True
-    if swap.number("frequencies_complement") > rule.interchange_complement:
-        return False
-    spare = swap.number("embedding_rank") - swap.number("frequencies_rank")
-    return spare <= rule.spare_dimensions or swap.number("frequencies_control") <= rule.interchange_random
+    rest, random = swap.number("frequencies_complement"), swap.number("frequencies_control")
+    return rest <= rule.interchange_complement and random <= rule.interchange_random
 
 
 def _spectrum_agrees(form: Evidence, spectrum: Evidence, rule: Thresholds) -> bool:
@@ -274,8 +299,8 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
             f"{form.value:.0%} of neuron importance is in single-frequency neurons (key frequencies {keys or 'none'}), "
             f"logits restricted to {int(spectrum.number('n_frequencies'))} frequencies are right in "
             f"{spectrum.number('restricted'):.0%} and without them in {spectrum.number('excluded'):.0%}, and swapping "
-            f"these frequencies in the embedding changes the answer as predicted in {swap.number('frequencies'):.0%} "
-            f"(random subspace {swap.number('frequencies_control'):.0%}, all the rest "
+            f"these frequencies of the operand changes the answer as predicted in {swap.number('frequencies'):.0%} "
+            f"(as many random functions {swap.number('frequencies_control'):.0%}, all the rest "
             f"{swap.number('frequencies_complement'):.0%})"
         )
     if name == "number-line":
@@ -291,20 +316,14 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
     if min(units, tens) >= rule.interchange:
         low, high, base = units, tens, 10
     # Swaps say how the operands are stored. A list of pairs, or ranges, of numbers stored by digits adds no columns.
-    listed = any(by[test].passed for test in ("pair-lookup", *HEURISTICS) if test in by)
-    possible = swap.number("line") <= rule.columns_line and not listed
-    words = (
+    # What neurons work on says it, where lists or ranges of them seem to be there: digits of one column are ranges.
+    own = by.get("digit-neurons")
+    counted = own is not None and own.value >= rule.interchange and (own.control or 0) <= rule.interchange_control
+    listed = any(by[test].passed for test in ("pair-lookup", *HEURISTICS) if test in by) and not counted
+    passes = min(low, high) >= rule.interchange and swap.number("line") <= rule.columns_line and not listed
+    return passes, (
         f"swapping the low or the high digit alone, in base {base:.0f}, changes the answer as predicted in {low:.0%} "
         f"and {high:.0%}"
-    )
-    if min(low, high) >= rule.interchange or "digit-search" not in by:
-        return possible and min(low, high) >= rule.interchange, words
-    search = by["digit-search"]
-    passes = search.value >= rule.digit_search and (search.control or 0) <= rule.digit_search_renamed
-    return possible and passes, (
-        f"{words} through their means; through a learned subspace either digit of either operand, in base "
-        f"{search.number('digit_base'):.0f}, does in at least {search.value:.0%} (operands renamed at random "
-        f"{search.control or 0:.0%})"
     )
 
 
@@ -329,6 +348,13 @@ def _column_words(columns: Evidence) -> str:
 def _against(candidates: dict[str, tuple[bool, str]]) -> str:
     tested = [words for passes, words in candidates.values() if not passes and "not tested" not in words]
     return f"Against an algorithm: {tested[0]}." if tested else ""
+
+
+def _against_ranges(by: dict[str, Evidence]) -> str:
+    shapes = by.get("rectangles")
+    if shapes is None or shapes.value != shapes.value or shapes.passed:
+        return ""
+    return f" Against ranges of the operands: {shapes.value:.0%} of neuron importance is in neurons that match one."
 
 
 def _agreement(gap: Evidence | None, slices: Evidence | None) -> str:

@@ -13,16 +13,8 @@ from torch import Tensor
 from circuits._stats import wilson_interval
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.functional_form import wave_frequencies
-from circuits.mechanisms.interchange import (
-    Swap,
-    class_means,
-    draw_swaps,
-    frequency_directions,
-    operand_embedding,
-    orthonormal,
-    slope,
-    variable_basis,
-)
+from circuits.mechanisms.interchange import Swap, draw_swaps, operand_embedding
+from circuits.mechanisms.operand_parts import class_means, frequency_directions, orthonormal, slope, variable_basis
 from circuits.mechanisms.readings import Readings, activations, answer_logits, decisive_layers, group_index, read
 from circuits.tasks.base import Task, Variable
 

@@ -143,7 +143,9 @@ def _model(task: Task, overrides: _Table, where: str) -> ModelConfig:
     if "d_model" in overrides:
         data.update(d_head=None, d_mlp=None, init_std=None)
     try:
-        return from_json(ModelConfig, {**data, **overrides})
+        model = from_json(ModelConfig, {**data, **overrides})
+        training.check_fits(task, model)
+        return model
     except CircuitsError as error:
         raise BadInput(f"{where}, model: {error}") from error
 
@@ -192,9 +194,11 @@ def _named(value: object, kind: str, get: Any, where: str) -> Any:
 
 def _seeds(table: _Table, where: str, *, default: tuple[int, ...]) -> tuple[int, ...]:
     seeds = table.get("seeds", list(default))
-    valid = isinstance(seeds, list) and seeds and all(type(s) is int and 0 <= s < 2**63 for s in seeds)
+    valid = isinstance(seeds, list) and seeds and all(type(s) is int and 0 <= s <= training.LAST_SEED for s in seeds)
     if not valid or len(set(seeds)) < len(seeds):
-        raise BadInput(f"{where}: seeds = {seeds!r}: expected a list of different whole numbers >= 0")
+        raise BadInput(
+            f"{where}: seeds = {seeds!r}: expected a list of different whole numbers from 0 to {training.LAST_SEED}"
+        )
     return tuple(seeds)
 
 

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from circuits.training.defaults import check_fits, default_model, default_recipe
+from circuits.training.defaults import LAST_SEED, check_fits, default_model, default_recipe
 from circuits.training.evaluate import accuracies, accuracy
 from circuits.training.loop import Step, steps
 from circuits.training.run_directory import train
 
-__all__ = ["Step", "accuracies", "accuracy", "check_fits", "default_model", "default_recipe", "steps", "train"]
+__all__ = [
+    "LAST_SEED",
+    "Step",
+    "accuracies",
+    "accuracy",
+    "check_fits",
+    "default_model",
+    "default_recipe",
+    "steps",
+    "train",
+]

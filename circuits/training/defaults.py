@@ -10,6 +10,9 @@ from circuits.objectives import Objective, Recipe, Stage
 from circuits.objectives.base import has_one_token_answers, highest_completion_token
 from circuits.tasks.base import Task
 
+LAST_SEED = 2**32 - 1
+"""The largest seed of a run, which is the largest that numpy takes too."""
+
 
 def default_model(task: Task) -> ModelConfig:
     """Return one layer without a norm for tasks with one-token answers, two layers with LayerNorm for digits."""

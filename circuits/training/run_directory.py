@@ -25,7 +25,7 @@ from circuits.objectives import Objective, Recipe
 from circuits.runs import Run, RunConfig, read_manifest, write_config, write_manifest
 from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.base import Task
-from circuits.training.defaults import check_fits, default_model, default_recipe
+from circuits.training.defaults import LAST_SEED, check_fits, default_model, default_recipe
 from circuits.training.loop import Position, Step, steps
 
 STATE = "state.safetensors"
@@ -178,7 +178,7 @@ def _check_finite(network: Transformer) -> None:
 
 
 def _check_run(recipe: Recipe, seed: int, checkpoints: Sequence[int]) -> None:
-    check_integer("seed", seed, 0, 2**32 - 1)
+    check_integer("seed", seed, 0, LAST_SEED)
     for step in checkpoints:
         check_integer("a step of checkpoints", step, 1, recipe.steps, "the recipe has no more")
 

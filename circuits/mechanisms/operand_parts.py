@@ -75,7 +75,9 @@ def digit_components(states: Float[Tensor, "n d"], base: int) -> tuple[Tensor, T
     return low, high
 
 
-def digit_swapped(base: Int[Tensor, " rows"], source: Int[Tensor, " rows"], number: int, high: bool) -> Tensor:
+def digit_swapped(
+    base: Int[Tensor, "*rows"], source: Int[Tensor, "*rows"], number: int, high: bool
+) -> Int[Tensor, "*rows"]:
     """Operands with the low or the high digit of others, written to the base ``number``."""
     return source // number * number + base % number if high else base // number * number + source % number
 

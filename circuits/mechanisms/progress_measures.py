@@ -28,7 +28,8 @@ def sum_components(
     ``get_component_cos_xpy``.
     """
     waves = [f(angle(total, k, modulus).double()) for k in frequencies for f in (torch.cos, torch.sin)]
-    q, _ = torch.linalg.qr(torch.stack(waves, dim=1))
+    u, s, _ = torch.linalg.svd(torch.stack(waves, dim=1), full_matrices=False)
+    q = u[:, s > 1e-4 * s[0]]  # the highest frequency of an even modulus has no sine
     return q @ (q.T @ logits.double())
 
 
@@ -103,7 +104,7 @@ def neuron_frequencies(neurons: Float[Tensor, "rows n"], group: GroupTable) -> N
     square = square - square.mean(0)
     power = square.square().sum(0)
     live = (power > LIVE * power.max().clamp_min(1e-30)).nonzero().flatten()
-    best = [_best_frequency(square[:, part].unflatten(0, (p, p)), power[part]) for part in live.split(64)]
+    best = [_best_frequency(square[:, part].unflatten(0, (p, p)), power[part]) for part in live.split(64) if len(part)]
     share, frequency = (torch.cat(x) for x in zip(*best, strict=True)) if best else (power[live], live)
     return NeuronFrequencies(live, share, frequency)
 
@@ -117,29 +118,32 @@ def _best_frequency(maps: Float[Tensor, "p p n"], power: Float[Tensor, " n"]) ->
     return share, which + 1
 
 
-def progress_measures(model: Any, task: Task, readings: Readings, frequencies: tuple[int, ...]) -> dict[str, Any]:
-    """Return the measures by name, at the given key frequencies.
+def progress_measures(
+    model: Any, task: Task, readings: Readings, frequencies: tuple[int, ...], *, circle: int | None = None
+) -> dict[str, Any]:
+    """Return the measures by name, at the given key frequencies of a circle (by default the one that the task implies).
 
     ``restricted_loss`` is of the logits along the key frequencies of the sum, bias-corrected, on all pairs;
     ``excluded_loss`` of the logits without them, on training pairs, where a network that still remembers pairs has
     other means; ``excluded_loss_by_frequency`` without one of them at a time. ``gini_embedding`` and
     ``gini_neuron_logits`` are of the norms of the Fourier components of W_E over the operands and of W_L = W_out W_U
-    over the answers. Losses are in nats.
+    over the answers; each is there only where the operands, or the answers, are all the steps of the circle, since
+    less than a turn has no Fourier components of it. Losses are in nats.
 
     Source: Nanda et al. 2023 (arXiv 2301.05217), section 5.1; repository progress-measures-paper, transformers.py,
     ``calculate_trig_loss`` and ``calculate_excluded_loss`` (which leaves out one frequency at a time).
     """
-    group = group_table(task, readings)
-    logits, total, p = group.logits.double(), group.total, group.modulus
+    group = group_table(task, readings, circle=circle)
+    logits, total, answer, p = group.logits.double(), group.total, group.answer, group.modulus
     trained = group.split == 0
     inside = {k: sum_components(logits, total, (k,), p) for k in frequencies}
-    restricted, _ = loss_and_accuracy(restricted_logits(logits, total, frequencies, p), total)
-    found: dict[str, Any] = {"loss": loss_and_accuracy(logits, total)[0], "restricted_loss": restricted}
+    restricted, _ = loss_and_accuracy(restricted_logits(logits, total, frequencies, p), answer)
+    found: dict[str, Any] = {"loss": loss_and_accuracy(logits, answer)[0], "restricted_loss": restricted}
     if bool(trained.any()):
         without = logits - sum_components(logits, total, frequencies, p)
-        found["excluded_loss"] = loss_and_accuracy(without[trained], total[trained])[0]
+        found["excluded_loss"] = loss_and_accuracy(without[trained], answer[trained])[0]
         found["excluded_loss_by_frequency"] = [
-            [k, loss_and_accuracy((logits - inside[k])[trained], total[trained])[0]] for k in sorted(frequencies)
+            [k, loss_and_accuracy((logits - inside[k])[trained], answer[trained])[0]] for k in sorted(frequencies)
         ]
     neuron_logits = model.blocks[readings.layers[-1]].mlp.W_out @ model.W_U
     of_answers = neuron_logits[:, task.answer_tokens.to(neuron_logits.device)[group.columns]].detach().T
@@ -147,6 +151,7 @@ def progress_measures(model: Any, task: Task, readings: Readings, frequencies: t
     found |= {
         f"gini_{name}": gini(component_norms(x))
         for name, x in (("embedding", of_operands), ("neuron_logits", of_answers))
+        if len(x) == p
     }
     return found | neuron_shares(readings, group)
 

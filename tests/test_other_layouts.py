@@ -1,0 +1,50 @@
+"""A mechanism has the same name however its embedding lies, and wherever its code is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from other_layouts import code_made_by_a_layer, dense, digit_pairs
+
+from circuits.mechanisms import digit_neurons, explain
+from circuits.reference import Reference, build
+from circuits.training import accuracies
+
+LAYOUTS: dict[str, Callable[[], Reference]] = {
+    "dense fourier": lambda: dense("fourier-pizza", p=29),
+    "dense plain fourier": lambda: dense("fourier-plain", n=30),
+    "dense number line": lambda: dense("number-line", n=30),
+    "dense columns": lambda: dense("columns", n=40),
+    "dense columns, last ten not full": lambda: dense("columns", n=45),
+    "columns of digit pairs": digit_pairs,
+    "fourier made by a layer": lambda: code_made_by_a_layer("fourier-pizza", p=29),
+    "number line made by a layer": lambda: code_made_by_a_layer("number-line", n=30),
+    "columns made by a layer": lambda: code_made_by_a_layer("columns", n=30),
+    "range lookup made by a layer": lambda: code_made_by_a_layer("range-lookup", n=30),
+    "dense range lookup": lambda: dense("range-lookup", n=30),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_mechanism_keeps_its_name(layout: str) -> None:
+    model, task, truth = LAYOUTS[layout]()
+    assert min(accuracies(model, task).values()) >= 0.99
+    verdict = explain(model, task, budget="quick")
+    assert f"{verdict.label}/{verdict.mechanism}" == truth, verdict.why
+
+
+def test_where_the_code_is_made_is_found() -> None:
+    model, task, _ = code_made_by_a_layer("columns", n=30)
+    assert explain(model, task, budget="quick")["interchange"].details["site"] == "blocks.1.hook_resid_pre"
+
+
+def test_neurons_that_work_on_columns_move_with_their_digits_and_ranges_do_not() -> None:
+    model, task, _ = digit_pairs()
+    found = digit_neurons(model, task)
+    assert found.passed and found.control is not None and found.control <= 0.1
+    assert found.details["digit_base"] == 10
+    ranges = digit_neurons(*build("range-lookup", n=30)[:2])
+    assert ranges.value < 0.8 and ranges.passed is False
+    trained = digit_neurons(*build("banded", n=60)[:2])
+    assert trained.value < 0.5

@@ -1,8 +1,10 @@
-"""Training speed of our hooked model against the smallest plain torch model and TransformerLens's native bridge.
+"""Training speed of our hooked model, and of our training, against plain torch and TransformerLens's native bridge.
 
     python benchmarks/training.py [--json] [--repeats N] [--seconds S]
 
-All three start from the same weights, compute the same loss (checked before timing) and take the same AdamW step.
+First the models in one loop: all three start from the same weights, compute the same loss (checked before timing) and
+take the same AdamW step. Then ``circuits.training.steps`` as users run it (objective, batches, schedule, forty
+evaluations on top) against the smallest plain loop over the same batches, losses and steps, also checked.
 CPU time of one thread (``process_time``), because wall time on a shared machine says more about the neighbours. The
 three take turns; what is reported per model is the median over turns, and as ratio the median of each turn's ratio.
 """
@@ -22,7 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from circuits import tasks, training
 from circuits.model import ModelConfig, Transformer
+from circuits.objectives import Answer, Recipe, Stage
+from circuits.training.defaults import default_model
+from circuits.training.loop import DATA_STREAM, generator_for, learning_rate
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,71 @@ def measure(case: Case, repeats: int, seconds: float) -> dict[str, float | str]:
     }
 
 
+def drained(task: Any, recipe: Recipe, config: ModelConfig) -> tuple[float, list[float]]:
+    """CPU seconds of our training, and its losses."""
+    model = Transformer(config, seed=0)
+    start = time.process_time()
+    losses = [step.loss for step in training.steps(model, task, recipe, seed=0)]
+    return time.process_time() - start, losses
+
+
+def by_hand(task: Any, recipe: Recipe, config: ModelConfig) -> tuple[float, list[float]]:
+    """CPU seconds of the same updates in a plain loop over a plain model, and its losses."""
+    stage = recipe.stages[0]
+    model = Plain(config).copy_from(Transformer(config, seed=0)).train()
+    losses = []
+    start = time.process_time()
+    examples = task.examples("train")
+    table = examples.inputs, examples.targets[:, -1]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=stage.learning_rate, betas=stage.betas, weight_decay=stage.weight_decay, fused=True
+    )
+    for done in range(stage.steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(stage, done)
+        inputs, wanted = table
+        if stage.batch_size is not None:
+            drawn = task.sample("train", stage.batch_size, generator=generator_for(0, DATA_STREAM, done))
+            inputs, wanted = drawn.inputs, drawn.targets[:, -1]
+        loss = F.cross_entropy(model(inputs)[:, -1], wanted)
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return time.process_time() - start, losses
+
+
+def measure_training(name: str, task: Any, stage: Stage, repeats: int) -> dict[str, float | str]:
+    """Our training against the plain loop, turn by turn."""
+    recipe, config = Recipe("answer", (stage,)), default_model(task)
+    ratios, ours_ms, plain_ms = [], [], []
+    for _ in range(repeats):
+        plain, expected = by_hand(task, recipe, config)
+        ours, losses = drained(task, recipe, config)
+        if not all(math.isclose(a, b, rel_tol=1e-2, abs_tol=1e-3) for a, b in zip(losses[:10], expected, strict=False)):
+            raise RuntimeError(f"training does not do what the plain loop does: {losses[:10]}, {expected[:10]}")
+        ratios.append(plain / ours)
+        ours_ms.append(1e3 * ours / stage.steps)
+        plain_ms.append(1e3 * plain / stage.steps)
+    return {
+        "case": name,
+        "plain_ms": statistics.median(plain_ms),
+        "ours_ms": statistics.median(ours_ms),
+        "speed_to_plain": statistics.median(ratios),
+    }
+
+
+TRAININGS: dict[str, tuple[Any, Stage]] = {
+    "a + b mod 53, whole table": (
+        tasks.get("modular-addition", p=53, train_fraction=0.5),
+        Stage(Answer(), steps=120, learning_rate=1e-2, weight_decay=2.0, cooldown=0.4),
+    ),
+    "a + b to n = 50, batches of 512": (
+        tasks.get("addition", n=50),
+        Stage(Answer(), steps=120, batch_size=512, learning_rate=5e-3, cooldown=0.3),
+    ),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
@@ -156,16 +227,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = [measure(case, args.repeats, args.seconds) for case in CASES]
+    whole = [measure_training(name, *of, max(1, args.repeats // 3)) for name, of in TRAININGS.items()]
     if args.json:
-        print(
-            json.dumps({"torch": torch.__version__, "results": results, "cases": [asdict(c) for c in CASES]}, indent=2)
-        )
+        said = {"results": results, "training": whole, "cases": [asdict(c) for c in CASES]}
+        print(json.dumps({"torch": torch.__version__, **said}, indent=2))
         return
     print(f"CPU ms per step, 1 thread, torch {torch.__version__}; speed is ours in steps per second as a ratio")
     print(f"{'':42}{'plain':>9}{'ours':>9}{'bridge':>9}{'to plain':>10}{'to bridge':>11}")
     for r in results:
         times = "".join(f"{r[f'{name}_ms']:9.2f}" for name in ("plain", "ours", "bridge"))
         print(f"{r['case']:42}{times}{r['speed_to_plain']:10.3f}{r['speed_to_bridge']:11.2f}")
+    print("\ncircuits.training.steps, evaluations included, against a plain loop over the same batches")
+    for r in whole:
+        print(f"{r['case']:42}{r['plain_ms']:9.2f}{r['ours_ms']:9.2f}{'':9}{r['speed_to_plain']:10.3f}")
 
 
 if __name__ == "__main__":

@@ -31,11 +31,11 @@ PRELOAD = ("circuits.study.analyse", "pandas", "pyarrow.parquet", "scipy.stats",
 tests of mechanisms do with scipy and every optimiser of torch with its compiler (a second each, in every run)."""
 
 ENVIRONMENT = {
-    # glibc gives freed memory back and then pays page faults for it: keeping it makes a training step 5 to 15 % faster
+    # glibc gives freed memory back and then pays page faults for it, at every training step
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_TOP_PAD_": "268435456",
-    # two threads per process are slower than one as soon as every core has a process
+    # every core has a process of its own
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",

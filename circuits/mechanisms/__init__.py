@@ -39,6 +39,7 @@ from circuits.mechanisms.slice_transfer import slice_transfer
 from circuits.mechanisms.spectral import spectral
 from circuits.mechanisms.taxonomy import taxonomy
 from circuits.mechanisms.variable_interchange import variable_interchange
+from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.base import Task
 
 TESTS: dict[str, Callable[..., Evidence]] = {
@@ -183,7 +184,7 @@ def explain(model: Any, task: Task, *, seed: int = 0, budget: str = "full", prog
         progress: show a progress bar.
 
     Raises:
-        BadInput: model and task do not belong together.
+        BadInput: model and task do not belong together, or ``seed`` is not a whole number from 0 to 2**32 - 1.
         CorruptRun: the model's weights or logits are not finite.
         UnknownName: ``budget`` is not one of ``BUDGETS``.
 
@@ -192,6 +193,7 @@ def explain(model: Any, task: Task, *, seed: int = 0, budget: str = "full", prog
     """
     from tqdm.auto import tqdm
 
+    check_integer("seed", seed, 0, 2**32 - 1)  # numpy's generators take no other
     if not hasattr(model, "hook_dict"):
         raise BadInput(f"{type(model).__name__} has no TransformerLens hooks; pass a HookedRootModule or a bridge")
     for weight_name, weight in model.named_parameters():

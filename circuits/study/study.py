@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from circuits._io import atomic_write, make_directory
+from circuits._io import atomic_write, is_file, make_directory, storage_errors
 from circuits.errors import BadInput, CorruptRun, IncompatibleRun
 from circuits.runs import Run
 from circuits.study import executor, read_toml, tables
@@ -17,6 +17,14 @@ from circuits.study.analyse import Analysis, is_complete, read_manifest, read_ve
 from circuits.study.grid import Spec, parse
 from circuits.study.plan import Planned, plan, shard_of
 from circuits.study.progress import Progress
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run of a study failed; ``refused``: by an error of ``circuits.errors``, hence again when tried again."""
+
+    message: str
+    refused: bool
 
 
 @dataclass(frozen=True)
@@ -33,10 +41,11 @@ class Study:
 
         Raises:
             BadInput: the directory holds no study, or one that this version cannot read.
+            StorageError: the directory may not be searched.
         """
         folder = Path(path)
         file = folder / "study.toml"
-        if not file.is_file():
+        if not is_file(file):
             raise BadInput(f"{folder} is not a study: it has no study.toml; expected a directory given to --out")
         spec = parse(read_toml(file), origin=str(file))
         return Study(folder, spec, plan(spec, folder))
@@ -45,12 +54,22 @@ class Study:
     def table(self) -> pd.DataFrame:
         """One row per run, as in ``results.parquet``."""
         file = self.path / "results.parquet"
-        return tables.read(file) if file.exists() else self._rows()
+        return tables.read(file) if is_file(file) else self._rows()
 
     @functools.cached_property
     def runs(self) -> dict[str, Run]:
         """The trained runs by id."""
-        return {run.id: Run.load(run.path) for run in self.plan if (run.path / "manifest.json").exists()}
+        return {run.id: Run.load(run.path) for run in self.plan if is_file(run.path / "manifest.json")}
+
+    @property
+    def failures(self) -> dict[str, Failure]:
+        """How runs failed that did, by id; running the study again tries them again."""
+        found: dict[str, Failure] = {}
+        for run in self.plan:
+            manifest = read_manifest(run.analysis)
+            if manifest is not None and manifest["status"] == "failed":
+                found[run.id] = Failure(str(manifest.get("message")), bool(manifest.get("refused")))
+        return found
 
     def analysis(self, run_id: str) -> Analysis:
         """What was found out about a run.
@@ -68,7 +87,7 @@ class Study:
     def report(self) -> Path:
         """The report, written now if it is missing or older than the table."""
         file, table = self.path / "report.html", self.path / "results.parquet"
-        if file.exists() and table.exists() and file.stat().st_mtime_ns >= table.stat().st_mtime_ns:
+        if is_file(file) and is_file(table) and file.stat().st_mtime_ns >= table.stat().st_mtime_ns:
             return file
         from circuits import report  # the one call upwards: the report knows studies, a study only where its own is
 
@@ -165,12 +184,15 @@ def run(
         shown.close()
     for outcome in outcomes:
         if outcome.error is not None and isinstance(outcome.job, Planned):
-            record(outcome.job, "failed", message=outcome.error)
+            # the executor tries everything again but an error of ours, which would come again
+            refused = outcome.attempts <= executor.RETRIES
+            record(outcome.job, "failed", message=outcome.error, refused=refused)
     return study.rebuild()
 
 
 def _check_other_study(folder: Path, wanted: set[str]) -> None:
-    there = {path.name for path in (folder / "runs").glob("*") if path.is_dir()}
+    with storage_errors(folder):
+        there = {path.name for path in (folder / "runs").glob("*") if path.is_dir()}
     if there and not there & wanted:
         raise IncompatibleRun(
             f"{folder} holds another study, none of whose {len(there)} runs belongs to this one: choose another "

@@ -18,6 +18,8 @@ from circuits.errors import BadInput, UnknownName
 if TYPE_CHECKING:
     import pandas as pd
 
+    from circuits.study.study import Failure
+
 _Pairs = UseAppendAction[tuple[tuple[str, ...], ...]]
 _TaskParameters = Annotated[_Pairs, arg(name="parameters", aliases=["-p"], metavar="KEY=VALUE ...")]
 _ObjectiveParameters = Annotated[_Pairs, arg(name="objective-parameters", aliases=["-o"], metavar="KEY=VALUE ...")]
@@ -64,14 +66,21 @@ def study(
         frame = summary(table)
         print(_text(frame[["cell", "recipe", "verdict", "seeds", "accuracy", "accuracy_block"]]))
         print(f"\nreport: {report}\ntable:  {result.path / 'results.parquet'}")
-    failed = table[table["status"] == "failed"]
-    if len(failed):
-        print(
-            f"circuits: {len(failed)} of {len(table)} runs failed ({', '.join(failed['run_id'])}): "
-            f"see {result.path / 'logs'}; the same command tries them again",
-            file=sys.stderr,
-        )
-    return 1 if len(failed) else 0
+    return _say_failures(result.failures, len(table), result.path / "logs")
+
+
+def _say_failures(failures: Mapping[str, Failure], runs: int, logs: Path) -> int:
+    """Say on standard error which runs failed, and return the exit code that a study then ends with."""
+    if not failures:
+        return 0
+    text = f"circuits: {len(failures)} of {runs} runs failed"
+    if all(failure.refused for failure in failures.values()):
+        # no run is wrong, but what the study was given: as for any other command that it was given to
+        (name, first), *_ = failures.items()
+        print(f"{text}, {name} because {' '.join(first.message.split())}", file=sys.stderr)
+        return 2
+    print(f"{text} ({', '.join(failures)}): see {logs}; the same command tries them again", file=sys.stderr)
+    return 1
 
 
 def train(
@@ -85,6 +94,7 @@ def train(
     objective_parameters: _ObjectiveParameters = (),
     stage: _StageFields = (),
     model: _ModelFields = (),
+    checkpoints: Annotated[tuple[int, ...], arg(metavar="STEP ...")] = (),
     resume: Annotated[FlagCreatePairsOff[bool], arg()] = False,
     as_json: _Json = False,
 ) -> int:
@@ -99,22 +109,24 @@ def train(
         objective_parameters: the objective's parameters, such as reward=random.
         stage: the budget, such as steps=500 weight_decay=1.0 learning_rate=0.01.
         model: differences from the task's default model, such as n_layers=2.
+        checkpoints: steps after which to keep the network, besides the last one and the first ones that are right about
+            50, 90 and 99 % of the pairs held out at random.
         resume: go on with an unfinished run in the same directory.
         as_json: print the last metrics as JSON on standard output.
     """
     import circuits
 
     toml = {
-        "task": {"name": task, **_pairs(parameters)},
-        "objective": {"name": objective, **_pairs(objective_parameters)},
-        "stage": _pairs(stage),
+        "task": {"name": task, **_pairs(parameters, name=f"TASK, {task}")},
+        "objective": {"name": objective, **_pairs(objective_parameters, name=f"OBJECTIVE, {objective}")},
+        "stage": _pairs(stage, objective=f"OBJECTIVE, {objective}"),
         "model": _pairs(model),
     }
     from circuits.study.grid import single
 
     _one_thread()
     built, recipe, config = single(toml, where="circuits train")
-    run = circuits.train(built, recipe, seed=seed, out=out, model=config, resume=resume)
+    run = circuits.train(built, recipe, seed=seed, out=out, model=config, checkpoints=checkpoints, resume=resume)
     last = {key: value for key, value in _records(run.metrics.tail(1))[0].items() if value is not None}
     if as_json:
         _print_json({"run": str(out), "id": run.id, "metrics": last})
@@ -156,8 +168,10 @@ def discover(
     """
     from circuits import discovery
     from circuits.runs import Run
+    from circuits.tasks.arithmetic.operand_square import check_integer
 
     _one_thread()
+    check_integer("top", top, 0, 2**31 - 1)
     loaded = Run.load(run)
     examples = loaded.task.pairs(pairs, seed=seed, change=change)
     circuit = discovery.attribute(loaded.model, examples, method=method)
@@ -223,6 +237,7 @@ def report(
     *,
     csv: Path | None = None,
     latex: Path | None = None,
+    as_json: _Json = False,
 ) -> int:
     """Write a study's table and report again from what is on disk.
 
@@ -230,6 +245,7 @@ def report(
         study_dir: directory of a study.
         csv: also write the table of all runs to this file.
         latex: also write the summary over seeds to this file.
+        as_json: print the summary over seeds as JSON on standard output.
     """
     from circuits.study import Study
 
@@ -238,7 +254,10 @@ def report(
         loaded.to_csv(csv)
     if latex is not None:
         loaded.to_latex(latex)
-    print(loaded.report)
+    if as_json:
+        _print_json({"report": str(loaded.report), "summary": _records(loaded.summary())})
+    else:
+        print(loaded.report)
     return 0
 
 
@@ -298,8 +317,11 @@ def bench(
     if subject != "discovery":
         raise UnknownName("subject of a bench", subject, ("discovery",))
     from circuits.study.discovery_bench import run_bench
+    from circuits.tasks.arithmetic.operand_square import check_integer
 
     _one_thread()
+    for seed in seeds:
+        check_integer("seed", seed, 0, 2**32 - 1)
     found = run_bench(out, circuits=circuits or None, methods=methods or None, n_pairs=pairs, seeds=seeds)
     if as_json:
         _print_json(_records(found.table))
@@ -378,13 +400,18 @@ def _first_line(thing: object) -> str:
     return (thing.__doc__ or "").strip().split("\n")[0]
 
 
-def _pairs(groups: Iterable[Iterable[str]]) -> dict[str, Any]:
-    """``p=53 name=x`` as a mapping, values read as TOML and else as text."""
+def _pairs(groups: Iterable[Iterable[str]], **taken: str) -> dict[str, Any]:
+    """``p=53 operation=-`` as a mapping, values read as TOML and else as text.
+
+    ``taken`` says by what a key is given already.
+    """
     values: dict[str, Any] = {}
     for text in (text for group in groups for text in group):
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise BadInput(f"{text!r}: expected KEY=VALUE, such as p=53")
+        if key in taken:
+            raise BadInput(f"{text!r}: {key} is given by {taken[key]}: leave {key} out")
         if key in values:
             raise BadInput(f"{key} is given twice: {values[key]!r} and {value!r}")
         try:

@@ -39,7 +39,10 @@ _GO_ON = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code of a command: 0, 1 where runs of a study failed, 2 for bad input, 130 after Ctrl-C."""
+    """Exit code of a command: 0, 1 where runs of a study failed, 2 for bad input, 130 after Ctrl-C.
+
+    Runs of a study that failed by bad input alone are bad input.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
@@ -67,6 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # a reader such as `head` has gone; python would complain once more when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        # most become a StorageError where they arise; what is left is still the system's, not ours
+        about = f"{error.filename}: " if error.filename else ""
+        print(f"circuits: {about}{' '.join((error.strerror or str(error)).split())}", file=sys.stderr)
+        return 2
 
 
 def _help() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,10 +21,12 @@ import torch
 from circuits import _commands, cli, discovery, mechanisms, objectives, tasks
 from circuits.model import load, save
 from circuits.runs import Run
-from circuits.study import PRESETS
+from circuits.study import PRESETS, Study
 from circuits.study.grid import single
+from circuits.study.study import Failure
 from circuits.training import default_model, default_recipe
 
+LONG = "x" * 300
 TINY = ["-p", "p=7", "block=2", "-s", "steps=20", "-m", "d_model=16", "n_heads=2"]
 
 
@@ -116,6 +119,21 @@ def test_list_names_everything_with_a_line_of_its_own(capsys: pytest.CaptureFixt
         (["train", "addition", "answer", "--out", "x", "-m", "d_modl=3"], "unknown key 'd_modl'"),
         (["train", "addition", "answer", "--out", "x", "-p", "n"], "expected KEY=VALUE"),
         (["train", "addition", "answer", "--out", "x", "-p", "n=3", "n=4"], "n is given twice"),
+        (["train", "addition", "answer", "--out", "x", "-p", "operation=3"], "unknown operation 3: known: +, -"),
+        (["train", "addition", "answer", "--out", "x", "-p", "name=digit-addition"], "given by TASK, addition"),
+        (["train", "addition", "answer", "--out", "x", "-o", "name=value"], "given by OBJECTIVE, answer: leave name"),
+        (
+            ["train", "addition", "answer", "--out", "x", "-s", "objective=value"],
+            "'objective=value': objective is given",
+        ),
+        (["train", "addition", "answer", "--out", "x", "--checkpoints", "9999"], "checkpoints = 9999: expected 1 to"),
+        (["train", "addition", "answer", "--out", "x", "--seed", "-1"], "seed = -1"),
+        (["train", "addition", "answer", "--out", "x", "-m", "n_ctx=1"], "n_ctx = 1"),
+        (["train", "addition", "answer", "--out", "x", "-m", "d_model=100000000000000000000"], "expected at most"),
+        (
+            ["train", "addition", "answer", "--out", "x", "-m", "n_layers=1000", "d_model=100000"],
+            "choose smaller sizes",
+        ),
         (["train", "modular-addition", "answer", "--out", "x", "-p", "p=54"], "p = 54"),
         (["train", "modular-addition", "answer", "--out", "x", "-p", "p=seven"], "p = 'seven'"),
         (["train", "addition", "answer", "--out", "x", "-p", "n=301"], "n = 301"),
@@ -124,6 +142,12 @@ def test_list_names_everything_with_a_line_of_its_own(capsys: pytest.CaptureFixt
         (["explain", "nowhere"], "nowhere"),
         (["discover", "nowhere"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
+        (["train", "addition", "answer", "--out", LONG], "File name too long: choose another directory"),
+        (["study", "smoke", "--out", LONG], "File name too long: choose another output directory"),
+        (["explain", LONG], "File name too long: choose another directory"),
+        (["discover", LONG], "File name too long: choose another directory"),
+        (["report", LONG], "File name too long: choose another directory"),
+        (["bench", "discovery", "--out", "x", "--seeds", "-1"], "seed = -1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -142,6 +166,87 @@ def test_wrong_names_and_values_give_one_line(
 @pytest.mark.untyped
 def test_a_budget_that_does_not_exist(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown budget 'quik': did you mean 'quick'" in error_of(capsys, "explain", trained, "--budget", "quik")
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("explain --seed", "-1", "seed = -1: expected 0 to 4294967295"),
+        ("explain --seed", str(10**23), f"seed = {10**23}: expected 0 to 4294967295"),
+        ("discover --seed", "-1", "seed = -1"),
+        ("discover --seed", str(10**23), f"seed = {10**23}"),
+        ("discover --top", "-3", "top = -3: expected 0 to"),
+        ("discover --pairs", "0", "n = 0"),
+    ],
+)
+def test_numbers_have_their_range(
+    option: str, value: str, message: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, name = option.split()
+    assert message in error_of(capsys, command, trained, name, value)
+
+
+def test_train_keeps_the_checkpoints_that_it_was_asked_for(tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path), *TINY]
+    assert cli.main(["train", "modular-addition", "answer", "--checkpoints", "3", "11", *out]) == 0
+    assert {3, 11, 20} <= set(Run.load(tmp_path).checkpoints)
+
+
+def test_a_run_that_diverged_has_nothing_to_explain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wild = ["-s", "learning_rate=1e37", "warmup=0", "weight_decay=1e10", "-m", "d_model=16"]
+    train = ["train", "modular-addition", "answer", "--out", tmp_path, "-p", "p=7", *wild]
+    for arguments in (train, train, ["explain", tmp_path], ["discover", tmp_path]):
+        assert cli.main([str(a) for a in arguments]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("circuits: ") and "diverged at step 2" in error
+
+
+def test_what_the_system_refuses_is_one_line(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(run: Path) -> Run:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(run))
+
+    monkeypatch.setattr(Run, "load", refuse)
+    assert error_of(capsys, "explain", trained) == f"circuits: {trained}: Permission denied\n"
+
+
+@pytest.fixture
+def small_study(tmp_path: Path) -> list[str]:
+    """A command that trains two networks for five steps."""
+    (tmp_path / "small.toml").write_text(
+        'name = "small"\nseeds = [0, 1]\n[[recipe]]\nname = "r"\nstages = [{ objective = "answer", steps = 5 }]\n'
+        '[[cell]]\ntask = { name = "modular-addition", p = 7 }\nrecipes = ["r"]\nmodel = { d_model = 8 }\n'
+    )
+    return ["study", str(tmp_path / "small.toml"), "--out", str(tmp_path / "out")]
+
+
+def test_a_study_whose_runs_are_all_refused_is_bad_input(
+    small_study: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert json.loads(output_of(capsys, *small_study, "--json"))["runs"][0]["status"] == "done"
+    told = json.loads(output_of(capsys, "report", tmp_path / "out", "--json"))
+    assert Path(told["report"]).read_text()
+    assert [(row["recipe"], row["seeds"]) for row in told["summary"]] == [("r", 2)]
+    manifests = sorted((tmp_path / "out").glob("runs/*/manifest.json"))
+    for manifest in manifests:
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
+        (manifest.parent / "analysis" / "manifest.json").unlink()
+    assert cli.main(small_study) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("circuits: 2 of 2 runs failed, ")
+    assert "was written in run format 99" in last
+    assert {failure.refused for failure in Study.load(tmp_path / "out").failures.values()} == {True}
+
+
+def test_a_study_with_a_run_that_broke_says_where_to_look(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    failures = {"a": Failure("first line\nsecond", True), "b": Failure("its process died", False)}
+    assert _commands._say_failures({}, 3, tmp_path) == 0
+    assert _commands._say_failures({"a": failures["a"]}, 3, tmp_path) == 2
+    assert capsys.readouterr().err == "circuits: 1 of 3 runs failed, a because first line second\n"
+    assert _commands._say_failures(failures, 3, tmp_path) == 1
+    assert capsys.readouterr().err.startswith(f"circuits: 2 of 3 runs failed (a, b): see {tmp_path}; ")
 
 
 def test_a_method_that_does_not_exist(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,8 +319,6 @@ def test_an_output_directory_that_cannot_be_written(
 def test_a_full_disk_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import errno
-
     def full(self: object, flags: int = 0) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from circuits import report
+from circuits._io import read_json, write_json
+from circuits._style import ON_DARK, PAGES, VERDICT_COLOURS
+from circuits.mechanisms import LABELS
+from circuits.report.content import MEANINGS, build
+from circuits.study.analyse import record
+from circuits.study.calibration import SIZES, Calibration
 from circuits.study.study import Study, run
 
 ARTIFACTS = Path(__file__).parent / "artifacts"
@@ -99,8 +108,9 @@ def test_every_figure_is_drawn_and_nothing_overflows(browser, page_file, width, 
     page.close()
 
 
-def test_verdict_matrix_is_readable_by_role(browser, page_file, study):
-    page, problems = opened(browser, page_file)
+@pytest.mark.parametrize("width", [1280, 420])
+def test_verdict_matrix_is_readable_by_role(browser, page_file, study, width):
+    page, problems = opened(browser, page_file, width=width)
     table = page.get_by_role("table", name="Verdict by recipe and task")
     assert table.get_by_role("columnheader").count() == 2
     rows = table.get_by_role("rowheader")
@@ -110,6 +120,9 @@ def test_verdict_matrix_is_readable_by_role(browser, page_file, study):
     labels = set(study.table["label"])
     assert any(label in cells.nth(0).inner_text() for label in labels)
     assert "of 2 seeds" in cells.nth(0).inner_text()
+    # blocks instead of table boxes, as on a narrow page, lose the roles that are not written out in some browsers
+    assert page.locator(".matrix :is(thead, tbody, tr, th, td):not([role])").count() == 0
+    assert page.locator("table.matrix[role=table]").count() == 1
     assert page.get_by_role("main").count() == 1
     assert page.get_by_role("heading", level=1).count() == 1
     assert problems == []
@@ -120,16 +133,161 @@ def test_keyboard_reaches_the_evidence_and_the_theme(browser, page_file):
     page, problems = opened(browser, page_file)
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
-    button = page.get_by_role("button", name="Dark")
+    button = page.get_by_role("button", name="Dark theme", exact=True, pressed=False)
     button.focus()
     page.keyboard.press("Enter")
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    assert page.get_by_role("button", name="Dark theme", exact=True, pressed=True).count() == 1
     link = page.locator(".matrix a.chip").first
     link.focus()
     page.keyboard.press("Enter")
     page.locator("details.card[open]").first.wait_for(timeout=5000)
     page.locator("details.card[open] .plot").first.scroll_into_view_if_needed()
     page.locator("details.card[open] .plot svg.main-svg").first.wait_for(state="attached", timeout=15000)
+    assert problems == []
+    page.close()
+
+
+def ground(page) -> str:
+    return page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+
+def rgb(colour: str) -> str:
+    return f"rgb({', '.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))})"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_theme_is_the_systems_without_any_script_until_the_button_says_otherwise(browser, page_file, scheme):
+    other = {"light": "dark", "dark": "light"}[scheme]
+    still = browser.new_context(java_script_enabled=False, color_scheme=scheme)
+    page = still.new_page()
+    page.goto(page_file.as_uri())
+    assert ground(page) == rgb(PAGES[scheme]["bg"])
+    still.close()
+    page, problems = opened(browser, page_file, scheme=scheme)
+    page.get_by_role("button", name="Dark theme", pressed=scheme == "dark").click()
+    assert ground(page) == rgb(PAGES[other]["bg"])
+    page.emulate_media(color_scheme=other)
+    page.emulate_media(color_scheme=scheme)
+    assert ground(page) == rgb(PAGES[other]["bg"])
+    assert page.get_by_role("button", name="Dark theme", pressed=other == "dark").count() == 1
+    assert problems == []
+    page.close()
+
+
+@pytest.mark.parametrize("width", [1280, 420])
+def test_figures_are_drawn_in_the_colours_of_the_theme(browser, page_file, width):
+    page, problems = opened(browser, page_file, width=width)
+    page.evaluate("window.drawEverything()")
+    lines = 'document.querySelectorAll(".plot .scatterlayer path.js-line")'
+    strokes = f"Array.from({lines}, (path) => path.style.stroke)"
+    light, dark = ({rgb(colour) for colour in colours} for colours in (ON_DARK, ON_DARK.values()))
+    before = set(page.evaluate(strokes))
+    assert before and before <= light
+    page.get_by_role("button", name="Dark theme").click()
+    page.evaluate("window.drawEverything()")
+    after = set(page.evaluate(strokes))
+    assert after <= dark and len(after) == len(before)
+    assert problems == []
+    page.close()
+
+
+def colours_of(part: object) -> set[str]:
+    if isinstance(part, str):
+        return {part} if re.fullmatch("#[0-9a-f]{6}", part) else set()
+    inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    return set().union(*map(colours_of, inner))
+
+
+def test_figures_have_house_colours_and_only_evidence_has_a_verdicts(study):
+    verdicts = set(VERDICT_COLOURS.values())
+    titles = set()
+    for figure in map(json.loads, (item["json"] for item in build(study)["figures"])):
+        title = figure["layout"]["title"]["text"]
+        titles.add(title.split()[0])
+        for trace in figure["data"]:
+            parts = [trace.get("line", {}), {k: v for k, v in trace.get("marker", {}).items() if k != "colorscale"}]
+            used = colours_of(parts)
+            assert used <= set(ON_DARK), title
+            assert not used & verdicts or title.startswith("Evidence for"), title
+    assert {"Training", "Evidence", "Fourier"} <= titles
+
+
+def test_legend_and_documentation_say_the_same_of_every_label():
+    text = (Path(__file__).parent.parent / "docs/concepts.md").read_text(encoding="utf-8")
+    said = dict(re.findall(r"^\| `([\w-]+)` \| (.+) \|$", text, flags=re.MULTILINE))
+    assert {label: said[label] for label in LABELS} == MEANINGS
+
+
+def altered(study: Study, folder: Path, ends: dict[int, tuple[str, str]]) -> Study:
+    """A copy of a study in which some runs ended otherwise, with a message."""
+    shutil.copytree(study.path, folder)
+    other = Study.load(folder)
+    for number, (status, message) in ends.items():
+        record(other.plan[number], status, message=message)
+    return other.rebuild()
+
+
+def test_what_went_wrong_is_said_with_its_reason(study, tmp_path):
+    reasons = {2: ("diverged", "the loss is nan at step 7"), 3: ("failed", "out of <memory>")}
+    text = report.write(altered(study, tmp_path / "one", reasons)).read_text(encoding="utf-8")
+    for said in ("diverged: the loss is nan at step 7", "failed: out of &lt;memory&gt;"):
+        assert text.count(said) == 2  # in the section, and in the table of runs
+    assert "2 runs failed or diverged and are listed at the end." in text
+
+
+def test_headline_counts_one_as_one(study, tmp_path):
+    all_but_one = altered(study, tmp_path / "one", {n: ("failed", "no") for n in (1, 2, 3)})
+    assert build(all_but_one)["headline"].startswith("1 network was trained on 1 task by 1 recipe. Verdicts: 1 ")
+    one = build(altered(study, tmp_path / "two", {3: ("diverged", "no")}))["headline"]
+    assert one.startswith("3 networks were trained on 1 task by 2 recipes.")
+    assert one.endswith(" of 1 combination of task and recipe. 1 run failed or diverged and is listed at the end.")
+
+
+def test_versions_are_those_of_the_runs_and_named_where_they_differ(study, tmp_path):
+    alike = build(study)
+    manifest = read_json(study.plan[0].path / "manifest.json")
+    assert dict(alike["made"]["rows"])["torch"] == manifest["versions"]["torch"]
+    assert alike["made"]["differ"] == [] and alike["made"]["runs"] == "4 runs"
+    other = altered(study, tmp_path / "other", {})
+    manifest["versions"]["torch"] = "1.2.3"
+    del manifest["threads"]
+    write_json(other.plan[0].path / "manifest.json", manifest)
+    (other.plan[1].path / "manifest.json").unlink()
+    made = build(other)["made"]
+    assert made["runs"] == "3 runs"
+    rows = dict(made["rows"])
+    assert "not recorded (1 run)" in rows["threads"]
+    assert "torch" in made["differ"] and "1.2.3 (1 run)" in rows["torch"] and "(2 runs)" in rows["torch"]
+    assert "python" not in made["differ"]
+
+
+def test_methods_say_what_circuits_rest_on(study):
+    text = report.write(study).read_text(encoding="utf-8")
+    assert "on 128 pairs of a clean and a corrupt input" in text
+    assert "with corrupt ablation: an edge that is left out carries what it carries on the corrupt input" in text
+
+
+VERDICTS = [f"algorithm/{name}" for name in ("columns", "fourier", "number-line")]
+VERDICTS += ["heuristics", "heuristics/range-lookup", "heuristics/result-range-bag", "memorisation/pairs"]
+VERDICTS += [f"mixed/{name}" for name in ("columns", "fourier", "number-line")] + ["not-learned", "undetermined"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_confusion_matrix_of_every_verdict_fits(browser, tmp_path, scheme):
+    rows = [
+        {"family": family, "truth": truth, "spectral": 0.1 * number, "seed": seed, "size": "n 5"}
+        for seed, truth in enumerate(VERDICTS)
+        for number, family in enumerate(list(SIZES)[:3])
+    ]
+    frame = pd.DataFrame(rows)
+    frame[["label", "mechanism"]] = frame["truth"].str.extract("([^/]+)/?(.+)?").to_numpy()
+    page, problems = opened(browser, report.write_calibration(Calibration(frame, tmp_path)), scheme=scheme)
+    table = page.get_by_role("table", name="Number of models by truth and verdict")
+    assert table.get_by_role("columnheader").count() == 1 + len(VERDICTS) + 4  # labels over their mechanisms
+    assert table.get_by_role("rowheader").count() == len(VERDICTS)
+    assert table.evaluate("t => t.parentElement.scrollWidth <= t.parentElement.clientWidth")
+    assert ground(page) == rgb(PAGES[scheme]["bg"])
     assert problems == []
     page.close()
 

@@ -5,35 +5,39 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 import pandas as pd
 
 from circuits import __version__
 from circuits._io import to_json
-from circuits._style import VERDICT_COLOURS, VERDICT_GLYPHS
+from circuits._style import VERDICT_GLYPHS
 from circuits.errors import CorruptRun
 from circuits.mechanisms import TESTS, VERSION, Evidence, rule_table
 from circuits.plots import fourier_figure, neuron_figure, training_figure
+from circuits.report.provenance import circuits_by, counted, made_with, reasons
+from circuits.report.theme import in_house_colours
 from circuits.study import tables
 from circuits.study.analyse import MATCHED, Analysis
 from circuits.study.study import Study
 
 MEANINGS = {
-    "algorithm": "A candidate algorithm passes all its causal tests, on all slices and on a block never trained on.",
-    "heuristics": "Right answers from local rules (such as operand ranges) and no candidate algorithm passes.",
-    "memorisation": "Trained pairs are right, unseen pairs are not: a list of pairs was learned.",
-    "mixed": "An algorithm passes its tests but does not hold everywhere.",
-    "undetermined": "The evidence does not decide; no mechanism is claimed.",
-    "not-learned": "The trained pairs are not answered rightly, so there is no mechanism to name.",
+    "algorithm": "A candidate algorithm passes all its tests, no test of heuristics or lists passes too, and the "
+    "held-out block agrees, or the errors are alike on training pairs and on unseen ones.",
+    "heuristics": "Ranges of the operands, or ranges and residues of the result, are matched and survive idealisation, "
+    "with no algorithm beside them; or unseen pairs are right, with two or more signs of heuristics and no algorithm.",
+    "memorisation": "Training pairs are right and unseen ones, once mirror images are set aside, are wrong or right by "
+    "luck; or all pairs, unseen ones too, are looked up one by one.",
+    "mixed": "A candidate algorithm passes all its tests, but unseen pairs or the held-out block do not agree; or its "
+    "variables work on some pairs, and a list or something else answers the rest.",
+    "undetermined": "The task is learned, and none of the above is shown, or an algorithm and something else both "
+    "pass: no mechanism is claimed.",
+    "not-learned": "Neither training pairs, nor unseen ones, nor sums without a carry cascade are right, and no "
+    "mechanism passes that errs alike on all pairs: there is none to name.",
 }
-
-SPLIT_COLOUR = VERDICT_COLOURS["undetermined"]
-"""Edge of a section whose seeds disagree."""
+"""What ``mechanisms.rule.decide`` asks for before it gives a label; ``docs/concepts.md`` has the same words."""
 
 
 class Figures:
@@ -46,8 +50,9 @@ class Figures:
         """Keep a figure and return what the template needs to place it."""
         figure.update_layout(height=height, autosize=True, width=None)
         number = f"figure-{len(self.items)}"
+        text = in_house_colours(figure.to_json())
         # no tag can close the script element early
-        text = figure.to_json().replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+        text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
         self.items.append({"id": number, "json": text})
         return {"id": number, "label": label, "height": height}
 
@@ -56,6 +61,8 @@ def build(study: Study) -> dict[str, Any]:
     """Return everything that the template shows."""
     table = study.table
     figures = Figures()
+    why_not = reasons(study)
+    analyses: dict[str, Analysis] = {}
     done = table[table["status"] == "done"]
     columns = list(dict.fromkeys(table["cell"]))
     rows = list(dict.fromkeys(table["recipe"]))
@@ -64,7 +71,12 @@ def build(study: Study) -> dict[str, Any]:
         {"recipe": recipe, "cells": [_cell(groups.get((column, recipe)), column, recipe) for column in columns]}
         for recipe in rows
     ]
-    sections = [_section(study, str(cell), str(recipe), group, figures) for (cell, recipe), group in groups.items()]
+    sections = []
+    for (cell, recipe), group in groups.items():
+        found, problems = _read(study, group, why_not)
+        analyses |= found
+        by_seed = {int(row["seed"]): found[row["run_id"]] for row in group.to_dict("records") if row["run_id"] in found}
+        sections.append(_section(str(cell), str(recipe), group, by_seed, problems, figures))
     by_cell = [{"cell": c, "sections": [s for s in sections if s["cell"] == c]} for c in columns]
     counts = Counter(done["label"])
     return {
@@ -77,19 +89,15 @@ def build(study: Study) -> dict[str, Any]:
         "matched": [row for key, group in groups.items() if (row := _matched(group, str(key[0]), str(key[1])))],
         "by_cell": by_cell,
         "legend": [
-            {"label": k, "glyph": VERDICT_GLYPHS[k], "colour": VERDICT_COLOURS[k], "meaning": MEANINGS[k]}
-            for k in VERDICT_COLOURS
+            {"label": label, "glyph": VERDICT_GLYPHS[label], "meaning": meaning} for label, meaning in MEANINGS.items()
         ],
         "tests": [{"name": n, "text": inspect.cleandoc(t.__doc__ or "")} for n, t in TESTS.items()],
         "rule": {"version": VERSION, "thresholds": [(k.replace("_", " "), v) for k, v in rule_table().items()]},
         "recipes": [_recipe(study, recipe) for recipe in rows],
-        "made": {
-            "circuits": __version__,
-            **{name: metadata.version(name) for name in ("torch", "transformer-lens")},
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-        },
-        "runs": _runs(table),
+        "discovery": circuits_by(analyses.values()),
+        "made": made_with(study),
+        "version": __version__,
+        "runs": _runs(table, why_not),
         "csv": table.to_csv(index=False),
         "latex": tables.to_latex(table),
         "figures": figures.items,
@@ -105,14 +113,16 @@ def _headline(table: pd.DataFrame, counts: Mapping[str, int]) -> str:
     repeated = groups.filter(lambda g: len(g) > 1)
     agree = sum(g.nunique() == 1 for _, g in groups if len(g) > 1)
     cells = sum(len(g) > 1 for _, g in groups)
+    were = "was" if len(done) == 1 else "were"
     text = (
-        f"{len(done)} networks were trained on {done['cell'].nunique()} tasks by {done['recipe'].nunique()} recipes. "
-        f"Verdicts: {', '.join(parts) or 'none yet'}."
+        f"{counted(len(done), 'network')} {were} trained on {counted(done['cell'].nunique(), 'task')} by "
+        f"{counted(done['recipe'].nunique(), 'recipe')}. Verdicts: {', '.join(parts) or 'none yet'}."
     )
     if len(repeated):
-        text += f" Seeds agree on the label in {agree} of {cells} combinations of task and recipe."
+        text += f" Seeds agree on the label in {agree} of {counted(cells, 'combination')} of task and recipe."
     if failed:
-        text += f" {failed} runs failed or diverged and are listed at the end."
+        are = "is" if failed == 1 else "are"
+        text += f" {counted(failed, 'run')} failed or diverged and {are} listed at the end."
     return text
 
 
@@ -125,9 +135,9 @@ def _cell(group: pd.DataFrame | None, cell: str, recipe: str) -> dict[str, Any] 
     chips = [_chip(str(label), n, done) for label, n in Counter(done["label"]).most_common()]
     return {
         "label": chips[0]["label"],
-        "colour": chips[0]["colour"] if len(chips) == 1 else SPLIT_COLOUR,
+        "disagree": len(chips) > 1,
         "chips": chips,
-        "agree": f"{len(done)} of {len(group)} seeds" if len(chips) == 1 else "seeds disagree",
+        "agree": f"{len(done)} of {counted(len(group), 'seed')}" if len(chips) == 1 else "seeds disagree",
         "accuracy": _range(done["accuracy"]),
         "block": _range(done["accuracy_block"]),
         "anchor": anchor(cell, recipe),
@@ -157,7 +167,6 @@ def _chip(label: str, count: int, done: pd.DataFrame) -> dict[str, Any]:
     return {
         "label": label,
         "glyph": VERDICT_GLYPHS[label],
-        "colour": VERDICT_COLOURS[label],
         "mechanism": " / ".join(mechanisms),
         "count": f"{count} of {len(done)}" if count < len(done) else "",
     }
@@ -179,17 +188,34 @@ def anchor(cell: str, recipe: str) -> str:
     return f"s-{plain}-{hashlib.sha256(names.encode()).hexdigest()[:6]}"  # other names may look the same by then
 
 
-def _section(study: Study, cell: str, recipe: str, group: pd.DataFrame, figures: Figures) -> dict[str, Any]:
-    analyses: dict[int, Analysis] = {}
+def _read(study: Study, group: pd.DataFrame, why_not: Mapping[str, str]) -> tuple[dict[str, Analysis], list[str]]:
+    """The analyses of some runs by id, and what is wrong with those that have none."""
+    found: dict[str, Analysis] = {}
     problems: list[str] = []
     for row in group.to_dict("records"):
         if row["status"] != "done":
-            problems.append(f"seed {row['seed']}: {row['status']}")
+            problems.append(f"seed {row['seed']}: {_status(row, why_not)}")
             continue
         try:
-            analyses[int(row["seed"])] = study.analysis(row["run_id"])
+            found[row["run_id"]] = study.analysis(row["run_id"])
         except CorruptRun as error:
             problems.append(f"seed {row['seed']}: {error}")
+    return found, problems
+
+
+def _status(row: Mapping[Any, Any], why_not: Mapping[str, str]) -> str:
+    reason = why_not.get(row["run_id"])
+    return f"{row['status']}: {reason}" if reason and row["status"] != "done" else str(row["status"])
+
+
+def _section(
+    cell: str,
+    recipe: str,
+    group: pd.DataFrame,
+    analyses: Mapping[int, Analysis],
+    problems: list[str],
+    figures: Figures,
+) -> dict[str, Any]:
     section: dict[str, Any] = {
         "cell": cell,
         "recipe": recipe,
@@ -207,7 +233,6 @@ def _section(study: Study, cell: str, recipe: str, group: pd.DataFrame, figures:
                 "seed": seed,
                 "label": verdict.label,
                 "glyph": VERDICT_GLYPHS[verdict.label],
-                "colour": VERDICT_COLOURS[verdict.label],
                 "mechanism": verdict.mechanism,
                 "why": verdict.why,
                 "evidence": [_evidence(e) for e in verdict.items],
@@ -274,11 +299,12 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _runs(table: pd.DataFrame) -> list[dict[str, str]]:
+def _runs(table: pd.DataFrame, why_not: Mapping[str, str]) -> list[dict[str, str]]:
     def shown(value: Any) -> str:
         if value is None or value is pd.NA or value != value:
             return ""
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 
     columns = ["run_id", "cell", "recipe", "seed", "status", "label", "mechanism", "accuracy", "steps", "seconds"]
-    return [{key: shown(row[key]) for key in columns} for row in table.to_dict("records")]
+    rows = [{**row, "status": _status(row, why_not)} for row in table.to_dict("records")]
+    return [{key: shown(row[key]) for key in columns} for row in rows]

@@ -3,24 +3,30 @@
   const root = document.documentElement;
   const button = document.getElementById("theme");
   const drawn = new Map();
-  const colours = () => root.dataset.theme === "dark"
-    ? { font: "#c3c9d3", grid: "rgba(200,205,215,0.16)" } : { font: "#4b5563", grid: "rgba(90,100,115,0.18)" };
+  const wish = window.matchMedia("(prefers-color-scheme: dark)");
+  const isDark = () => root.dataset.theme ? root.dataset.theme === "dark" : wish.matches;
+  const onDark = new Map(Object.entries(JSON.parse(document.getElementById("on-dark").textContent)));
 
-  const restyle = (layout) => {
-    const { font, grid } = colours();
-    layout.font = Object.assign({}, layout.font, { color: font });
-    layout.paper_bgcolor = "rgba(0,0,0,0)";
-    layout.plot_bgcolor = "rgba(0,0,0,0)";
-    for (const key of Object.keys(layout)) if (/^[xy]axis\d*$/.test(key)) layout[key] = Object.assign({}, layout[key], { gridcolor: grid, zerolinecolor: grid });
-    return layout;
+  const recoloured = (value) => {
+    if (typeof value === "string") return onDark.get(value) ?? value;
+    if (Array.isArray(value)) return typeof value[0] === "number" ? value : value.map(recoloured);
+    if (value === null || typeof value !== "object") return value;
+    return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, recoloured(inner)]));
   };
 
+  const plot = (place) => {
+    const figure = JSON.parse(document.getElementById("data-" + place.id).textContent);
+    const { data, layout } = isDark() ? recoloured(figure) : figure;
+    const style = getComputedStyle(root);
+    const line = style.getPropertyValue("--line");
+    layout.font = Object.assign({}, layout.font, { color: style.getPropertyValue("--soft") });
+    layout.uirevision = place.id;  // zoom and hidden curves outlive a change of theme
+    for (const key of Object.keys(layout)) if (/^[xy]axis\d*$/.test(key)) layout[key] = Object.assign({}, layout[key], { gridcolor: line, zerolinecolor: line });
+    return window.Plotly.react(place, data, layout, { responsive: true, displaylogo: false, displayModeBar: "hover" });
+  };
   const draw = (place) => {
-    if (drawn.has(place.id)) return drawn.get(place.id);
-    const { data, layout } = JSON.parse(document.getElementById("data-" + place.id).textContent);
-    const promise = window.Plotly.newPlot(place, data, restyle(layout), { responsive: true, displaylogo: false, displayModeBar: "hover" });
-    drawn.set(place.id, promise);
-    return promise;
+    if (!drawn.has(place.id)) drawn.set(place.id, plot(place));
+    return drawn.get(place.id);
   };
   const drawIn = (part) => Promise.all(Array.from(part.querySelectorAll(".plot"), draw));
 
@@ -43,19 +49,13 @@
   };
   window.addEventListener("beforeprint", () => { window.drawEverything(); });
 
-  const setTheme = (theme) => {
-    root.dataset.theme = theme;
-    button.textContent = theme === "dark" ? "Light" : "Dark";
-    button.setAttribute("aria-pressed", String(theme === "dark"));
-    for (const id of drawn.keys()) {
-      const place = document.getElementById(id);
-      if (place.layout) window.Plotly.relayout(place, restyle(Object.assign({}, place.layout)));
-    }
+  const show = () => {
+    button.setAttribute("aria-pressed", String(isDark()));
+    for (const id of drawn.keys()) drawn.set(id, plot(document.getElementById(id)));
   };
-  const wish = window.matchMedia("(prefers-color-scheme: dark)");
-  wish.addEventListener("change", () => setTheme(wish.matches ? "dark" : "light"));
-  button.addEventListener("click", () => setTheme(root.dataset.theme === "dark" ? "light" : "dark"));
-  setTheme(wish.matches ? "dark" : "light");
+  wish.addEventListener("change", show);
+  button.addEventListener("click", () => { root.dataset.theme = isDark() ? "light" : "dark"; show(); });
+  show();
 
   for (const one of document.querySelectorAll("[data-download]")) {
     one.addEventListener("click", () => {

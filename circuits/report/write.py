@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ import jinja2
 import pandas as pd
 
 from circuits._io import atomic_write
+from circuits._style import ON_DARK
 from circuits.mechanisms import VERSION, rule_table
+from circuits.report import theme
 from circuits.report.content import build
+from circuits.report.provenance import counted
 from circuits.study.calibration import Calibration
 from circuits.study.study import Study
 
@@ -30,7 +35,8 @@ def write(study: Study) -> Path:
 
     page = template().render(
         **build(study),
-        style=(HERE / "report.css").read_text(encoding="utf-8"),
+        style=_style(),
+        on_dark=ON_DARK,
         script=(HERE / "report.js").read_text(encoding="utf-8"),
         plotly=get_plotlyjs(),
     )
@@ -51,10 +57,11 @@ def write_calibration(calibration: Calibration) -> Path:
     )
     confusion = calibration.confusion()
     page = template("calibration.html").render(
-        style=(HERE / "report.css").read_text(encoding="utf-8"),
+        style=_style(),
         version=VERSION,
         summary=_records(calibration.summary()),
         verdicts=list(confusion.columns),
+        heads=_heads(list(confusion.columns)),
         confusion=[{"truth": truth, "counts": row.tolist()} for truth, row in confusion.iterrows()],
         left_out=_records(calibration.left_out()),
         separation=[
@@ -67,11 +74,23 @@ def write_calibration(calibration: Calibration) -> Path:
             for test, group in areas.groupby("test", sort=False)
         ],
         thresholds=[(name.replace("_", " "), value) for name, value in rule_table().items()],
-        models=len(calibration.table),
+        models=counted(len(calibration.table), "built model"),
     )
     path = calibration.path / "report.html"
     atomic_write(path, page.encode())
     return path
+
+
+def _heads(verdicts: Sequence[str]) -> list[dict[str, Any]]:
+    """Each label of a row of verdicts with its mechanisms, of which one that is not named is empty."""
+    return [
+        {"label": label, "mechanisms": [verdict.partition("/")[2] for verdict in group]}
+        for label, group in itertools.groupby(verdicts, key=lambda verdict: verdict.partition("/")[0])
+    ]
+
+
+def _style() -> str:
+    return theme.css() + (HERE / "report.css").read_text(encoding="utf-8")
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:

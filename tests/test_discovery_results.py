@@ -182,6 +182,13 @@ def test_a_faithfulness_curve_survives_its_file(tmp_path: Path) -> None:
     assert "CPR" in result._repr_html_()
     path = tmp_path / "faithfulness.json"
     stored = json.loads(path.read_text())
+    new = {name for name in stored if name.endswith("_at_control") or name[:5] in ("cpr_a", "cmd_s")}
+    assert len(new) == 6
+    path.write_text(json.dumps({name: value for name, value in stored.items() if name not in new} | {"schema": 2}))
+    earlier = Faithfulness.load(tmp_path)
+    for name in ("cpr_absolute", "cmd_signed", "cpr_at_control", "cmd_at_control"):
+        assert getattr(earlier, name) == pytest.approx(getattr(result, name))
+    assert np.isnan(earlier.cmd_signed_interval).all() and earlier.cmd_interval == result.cmd_interval
     for change, error in (({"schema": 0}, IncompatibleRun), ({"cpr2": 1}, CorruptRun), ({"curve": 3}, CorruptRun)):
         path.write_text(json.dumps(stored | change))
         with pytest.raises(error):

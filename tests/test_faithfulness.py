@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from circuits.discovery import MIB_SHARES, Circuit, Graph, ablated_metric, eap, exact, faithfulness, logit_difference
 from circuits.discovery import evaluate as evaluation
-from circuits.discovery.evaluate import _prefixes
+from circuits.discovery.evaluate import _prefixes, _pruned
 from circuits.discovery.nested import nested_metric
 from circuits.discovery.random_circuits import random_sizes
 from circuits.errors import BadInput
@@ -71,6 +72,56 @@ def test_every_size_is_the_default_where_it_is_affordable(monkeypatch: pytest.Mo
         both["metric_y"].tolist(), abs=1e-4
     )
     assert faithfulness(model, circuit, pairs, shares=[0.1, 0.5, 1], n_random=2).sizes == "3 given sizes"
+    monkeypatch.setattr(evaluation, "EVERY_SIZE_UP_TO", n * len(pairs))
+    monkeypatch.setattr(evaluation, "EVERY_EDGE_UP_TO", n - 1)  # which circuit has which edge is edges^2 numbers
+    assert faithfulness(model, circuit, pairs, n_random=2).sizes == few.sizes
+
+
+def test_circuits_are_pruned_a_few_sizes_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = Graph.build(2, 2)
+    order, sizes = torch.randperm(61, generator=torch.Generator().manual_seed(0)), [*range(62)]
+    whole = graph.connected(_prefixes(order, 61, sizes))
+    rows: list[int] = []
+    connected = Graph.connected
+    monkeypatch.setattr(Graph, "connected", lambda self, kept: rows.append(len(kept)) or connected(self, kept))
+    assert torch.equal(_pruned(graph, order, sizes, None), whole) and rows == [62]
+    rows.clear()
+    assert torch.equal(_pruned(graph, order, sizes, 40_000), whole) and max(rows) < 10 and sum(rows) == 62
+
+
+def test_areas_of_both_rankings_and_over_the_sizes_of_the_control() -> None:
+    model, pairs = build(n_heads=4), some_pairs(6)
+    result = faithfulness(model, exact(model, pairs), pairs)
+    frame, n = result.to_frame(), result.n_edges
+    control = result.curve.query("ranking == 'random'")["n_edges"].tolist()
+    assert len(control) == 9 and control[0] == 0 and control[-1] == n
+    for name, ranking in (
+        ("cpr", "signed"),
+        ("cpr_absolute", "absolute"),
+        ("cmd", "absolute"),
+        ("cmd_signed", "signed"),
+    ):
+        f = result.curve[result.curve["ranking"] == ranking].set_index("n_edges")["faithfulness"]
+        f = f if name.startswith("cpr") else (1 - f).abs()
+        whole = float((f.to_numpy()[1:] + f.to_numpy()[:-1]).sum() / 2 / n)
+        few = sum((f[b] + f[a]) / 2 * (b - a) / n for a, b in itertools.pairwise(control))
+        row = frame.loc[name]
+        assert row["ranking"] == ranking and row["value"] == getattr(result, name) == pytest.approx(whole)
+        assert row["at_control"] == pytest.approx(few) and row["low"] <= row["value"] <= row["high"]
+        assert row["random"] == getattr(result, f"{name[:3]}_random")
+    assert (result.cpr_at_control, result.cmd_at_control) == (frame.at_control["cpr"], frame.at_control["cmd"])
+    # what the coarser sum alone makes of the same curve
+    assert abs(result.cmd_at_control - result.cmd) > 1e-3
+
+
+def test_a_short_curve_has_its_control_at_every_size() -> None:
+    model, pairs = build(), some_pairs()
+    shares = [i / 24 for i in range(25)]
+    result = faithfulness(model, eap(model, pairs), pairs, shares=shares, n_random=2)
+    assert len(result.curve.query("ranking == 'random'")) == 25
+    assert result.cpr_at_control == pytest.approx(result.cpr) and result.cmd_at_control == pytest.approx(result.cmd)
+    longer = faithfulness(model, eap(model, pairs), pairs, shares=[i / 25 for i in range(26)], n_random=2)
+    assert len(longer.curve.query("ranking == 'random'")) == 9
 
 
 def test_a_model_that_runs_whole_has_the_same_curve(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,14 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-SCHEMA = 2
+SCHEMA = 3
+EARLIER = 2
+"""The format before, whose files are read too: what they lack follows from the curve, but for intervals."""
 Interval = tuple[float, float]
+
+
+AREAS = {"cpr": "signed", "cpr_absolute": "absolute", "cmd": "absolute", "cmd_signed": "signed"}
+"""The areas, by the ranking of the circuits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +43,23 @@ class Faithfulness:
     actual one, of edges on a path from an embedding to the logits; ``share``, nominal, of the edges that count;
     ``metric``, ``faithfulness``, ``low``, ``high``."""
     cpr: float
+    """By the signed ranking, as in the benchmark."""
     cpr_interval: Interval
-    cmd: float
-    cmd_interval: Interval
+    cpr_absolute: float
+    """The same area where circuits are ranked by the score's size."""
+    cpr_absolute_interval: Interval
+    cpr_at_control: float
+    """The area over those sizes alone that the random circuits have: to be compared with ``cpr_random``."""
     cpr_random: float
     cpr_random_interval: Interval
+    cmd: float
+    """By the ranking by size, as in the benchmark."""
+    cmd_interval: Interval
+    cmd_signed: float
+    """The same area where circuits are ranked by the signed score."""
+    cmd_signed_interval: Interval
+    cmd_at_control: float
+    """As ``cpr_at_control``: to be compared with ``cmd_random``."""
     cmd_random: float
     cmd_random_interval: Interval
     metric_full: float
@@ -57,19 +75,24 @@ class Faithfulness:
     ablation: str
 
     def to_frame(self) -> pd.DataFrame:
-        """Return the areas, one row each, with their intervals and the control's."""
+        """Return the areas by both rankings, one row each, with their intervals and the control's.
+
+        ``at_control`` is the area over the sizes of the random circuits alone, to be compared with ``random``.
+        """
         import pandas as pd
 
         rows = {
             name: {
+                "ranking": ranking,
                 "value": getattr(self, name),
                 "low": getattr(self, f"{name}_interval")[0],
                 "high": getattr(self, f"{name}_interval")[1],
-                "random": getattr(self, f"{name}_random"),
-                "random_low": getattr(self, f"{name}_random_interval")[0],
-                "random_high": getattr(self, f"{name}_random_interval")[1],
+                "at_control": _at_control(self.curve, name[:3], ranking),
+                "random": getattr(self, f"{name[:3]}_random"),
+                "random_low": getattr(self, f"{name[:3]}_random_interval")[0],
+                "random_high": getattr(self, f"{name[:3]}_random_interval")[1],
             }
-            for name in ("cpr", "cmd")
+            for name, ranking in AREAS.items()
         }
         return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -119,12 +142,15 @@ class Faithfulness:
         names = {field.name for field in fields(Faithfulness)}
         if not isinstance(stored, dict) or not isinstance(stored.get("curve"), dict):
             raise CorruptRun(f"{where} does not hold a faithfulness curve: compute it anew")
-        if stored.pop("schema", None) != SCHEMA:
+        if (schema := stored.pop("schema", None)) not in (SCHEMA, EARLIER):
             raise IncompatibleRun(f"{where} is not of schema {SCHEMA}: compute it anew")
+        curve = pd.DataFrame(stored["curve"])
+        if schema == EARLIER:
+            stored |= _other_areas(curve)
         if set(stored) != names:
             raise CorruptRun(f"{where} lacks or adds {', '.join(sorted(names ^ set(stored)))}: compute it anew")
         data: dict[str, Any] = {k: tuple(v) if k.endswith("_interval") else v for k, v in stored.items()}
-        return Faithfulness(**data | {"curve": pd.DataFrame(stored["curve"])})
+        return Faithfulness(**data | {"curve": curve})
 
 
 @dataclass(frozen=True)
@@ -173,16 +199,19 @@ def summarise(
     draws = _share_of_gap(table, resampling_counts(n, seed=seed) / n)
     ends = np.cumsum([2, *(len(curve.sizes) for curve in curves)])
     parts = [slice(a, b) for a, b in itertools.pairwise(ends.tolist())]
+    curve = _frame(table, point, draws, curves, parts, connected)
     areas: dict[str, Any] = {}
-    for name, which in (("cpr", 0), ("cmd", 1)):
-        x = curves[which].x
-        random = [_area(name, c.x, point[:, p])[0] for c, p in list(zip(curves, parts, strict=True))[2:]]
-        areas[name] = float(_area(name, x, point[:, parts[which]])[0])
-        areas[f"{name}_interval"] = _span(_area(name, x, draws[:, parts[which]]))
+    for name, ranking in AREAS.items():
+        i = [c.ranking for c in curves].index(ranking)
+        areas[name] = float(_area(name, curves[i].x, point[:, parts[i]])[0])
+        areas[f"{name}_interval"] = _span(_area(name, curves[i].x, draws[:, parts[i]]))
+    for name in ("cpr", "cmd"):
+        random = [float(_area(name, c.x, point[:, p])[0]) for c, p in list(zip(curves, parts, strict=True))[2:]]
+        areas[f"{name}_at_control"] = _at_control(curve, name, AREAS[name])
         areas[f"{name}_random"] = float(np.mean(random))
-        areas[f"{name}_random_interval"] = (float(min(random)), float(max(random)))
+        areas[f"{name}_random_interval"] = (min(random), max(random))
     return Faithfulness(
-        curve=_frame(table, point, draws, curves, parts, connected),
+        curve=curve,
         metric_full=full,
         metric_empty=empty,
         n_edges=n_edges,
@@ -223,10 +252,27 @@ def _share_of_gap(
         return (metric - empty) / (full - empty)
 
 
-def _area(name: str, x: Sequence[float], f: Float[np.ndarray, "draw size"]) -> np.ndarray:
+def _area(name: str, x: Sequence[float], f: Float[np.ndarray, "*draw size"]) -> np.ndarray:
     from scipy.integrate import trapezoid
 
-    return trapezoid(f if name == "cpr" else np.abs(1 - f), x, axis=-1)
+    return trapezoid(f if name.startswith("cpr") else np.abs(1 - f), x, axis=-1)
+
+
+def _at_control(curve: pd.DataFrame, name: str, ranking: str) -> float:
+    """The area of the found circuits over the sizes that the random ones have."""
+    shares = curve.loc[curve["ranking"] == "random", "share"]
+    found = curve[(curve["ranking"] == ranking) & curve["share"].isin(shares)]
+    return float(_area(name, found["share"].to_list(), found["faithfulness"].to_numpy()))
+
+
+def _other_areas(curve: pd.DataFrame) -> dict[str, Any]:
+    """What a file of the earlier format lacks."""
+    out: dict[str, Any] = {f"{name}_at_control": _at_control(curve, name, AREAS[name]) for name in ("cpr", "cmd")}
+    for name in ("cpr_absolute", "cmd_signed"):
+        found = curve[curve["ranking"] == AREAS[name]]
+        out[name] = float(_area(name, found["share"].to_list(), found["faithfulness"].to_numpy()))
+        out[f"{name}_interval"] = (float("nan"), float("nan"))
+    return out
 
 
 def _span(draws: np.ndarray) -> Interval:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.discovery.ablate import ablated_logits, name_of_ablation, replacement
+from circuits.discovery.ablate import ablated_logits, name_of_ablation, replacement, shared_replacement
 from circuits.discovery.activations import check_model
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.curves import Curve, Faithfulness, summarise
 from circuits.discovery.graph import Graph
+from circuits.discovery.memory import pairs_at_a_time
 from circuits.discovery.metrics import Metric, check_pairs, logit_difference, measure, name_of, select
 from circuits.discovery.nested import nested_metric
 from circuits.discovery.random_circuits import random_sizes
@@ -28,8 +30,16 @@ MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """The circuit sizes of the MIB benchmark: pass them as ``shares`` for its numbers."""
 EVERY_SIZE_UP_TO = 2**17
 """Unless told otherwise every size is evaluated where edges times pairs are at most this many: about a minute."""
+EVERY_EDGE_UP_TO = 2**12
+"""... and where there are at most this many edges: what says which circuit has which edge grows with their square."""
 GRID = 24
 """Sizes from one edge to all that are evaluated beyond that."""
+EVERY_CONTROL_UP_TO = GRID + 1
+"""Sizes of the curve up to which random circuits are evaluated at all of them."""
+FEW = 9
+"""Sizes at which they are beyond that: the control is not read size by size."""
+PRUNED_AT_A_TIME = 32 * 2**20
+"""Bytes of the matrices, readers by sources, by which circuits are pruned."""
 
 
 def ablated_metric(
@@ -40,6 +50,8 @@ def ablated_metric(
     metric: Metric = logit_difference,
     ablation: str | Mapping[str, Tensor] = "corrupt",
     neurons: bool = False,
+    memory_budget: int | None = None,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> Float[Tensor, "set pair"]:
     """Return the metric of every pair's clean input in the model that keeps only some edges, for each set of edges.
@@ -54,10 +66,14 @@ def ablated_metric(
             mean over the clean inputs, position by position; ``zero``: nothing; or constants, by hook name, as from
             ``optimal_constants``.
         neurons: Whether the edges are those of the graph whose sources are neurons.
+        memory_budget: Bytes that the computation may take beside the model, the sets and its result included. None:
+            about 64 MB at a time (1 GB on a GPU) beside what the vocabulary takes.
+        batch_size: Pairs at a time, at most.
         progress: Whether to show a bar.
 
     Raises:
-        BadInput: the pairs do not line up, ``keep`` does not have one column per edge, or the metric is not finite.
+        BadInput: the pairs do not line up, ``keep`` does not have one column per edge, the metric is not finite, or the
+            budget does not hold one pair.
         UnknownName: no such ablation.
         UnsupportedModel: the model has a part that edges cannot represent.
     """
@@ -65,23 +81,57 @@ def ablated_metric(
     pairs = pairs.to(model.cfg.device)
     sites = sites_of(model, neurons=neurons)
     check_model(model, sites, pairs.clean)
-    rows, sets = _batch_sizes(sites, pairs, model.cfg.d_model)
+    budgets = {"memory_budget": memory_budget, "batch_size": batch_size}
     # The mean is over all pairs; a corrupt activation belongs to its own pair.
-    replaced = {} if ablation == "corrupt" else replacement(model, sites, pairs, ablation, batch_size=rows)
+    shared = shared_replacement(model, sites, pairs, ablation, **budgets)
+    part, replaced = pairs, shared
+
+    def measured(sets: Bool[Tensor, "set *pos edge"]) -> Float[Tensor, "set row"]:
+        logits = ablated_logits(model, sites, part.clean, replaced or {}, sets)
+        return torch.stack([measure(metric, of_set, part) for of_set in logits])
+
+    def take(rows: slice) -> None:
+        nonlocal part, replaced
+        part, replaced = select(pairs, rows), shared  # what was the rows' own goes before what is
+        replaced = replacement(model, sites, part, ablation) if shared is None else shared
+
+    def rehearse(n: int, n_sets: int = 1) -> object:
+        take(slice(n))
+        return replaced, measured(keep.new_zeros(n_sets, *keep.shape[1:]))
+
     out = torch.empty(len(keep), len(pairs), device=pairs.clean.device)
-    starts = [(i, k) for i in range(0, len(pairs), rows) for k in range(0, len(keep), sets)]
     with torch.no_grad():
+        # beside what the sets and the result take, which callers want in double precision
+        held = keep.numel() + 12 * out.numel() + sum(t.numel() * t.element_size() for t in (shared or {}).values())
+        rows, sets = _batch_sizes(sites, pairs, model.cfg.d_model)
+        rows, sets = _within(rehearse, rows, max(1, min(sets, len(keep))), held, **budgets)
+        starts = [(i, k) for i in range(0, len(pairs), rows) for k in range(0, len(keep), sets)]
         for i, k in tqdm(starts, desc="ablation", unit="forward", disable=not progress):
-            part = select(pairs, slice(i, i + rows))
-            if k == 0 and ablation == "corrupt":
-                replaced = replacement(model, sites, part, ablation)
-            logits = ablated_logits(model, sites, part.clean, replaced, keep[k : k + sets])
-            for j, of_set in enumerate(logits):
-                out[k + j, i : i + rows] = measure(metric, of_set, part)
+            if k == 0:
+                take(slice(i, i + rows))
+            out[k : k + sets, i : i + rows] = measured(keep[k : k + sets])
     if not bool(torch.isfinite(out).all()):
         bad = int((~torch.isfinite(out)).any(0).sum())
         raise BadInput(f"metric {name_of(metric)} is not finite on {bad} of {len(pairs)} pairs: check the model and it")
     return out
+
+
+def _within(
+    rehearse: Callable[..., object],
+    rows: int,
+    sets: int,
+    held: int,
+    *,
+    memory_budget: int | None,
+    batch_size: int | None,
+) -> tuple[int, int]:
+    """How many pairs, and how many sets, of those that are best taken at a time fit a budget."""
+    if memory_budget is None:
+        return pairs_at_a_time(rehearse, rows, memory_budget=None, batch_size=batch_size, estimate=0), sets
+    fit = pairs_at_a_time(rehearse, rows, memory_budget=memory_budget, kept=held, batch_size=batch_size)
+    if fit < min(rows, batch_size or rows):
+        return fit, 1
+    return fit, pairs_at_a_time(partial(rehearse, fit), sets, memory_budget=memory_budget, kept=held)
 
 
 def _batch_sizes(sites: Sites, pairs: Pairs, d_model: int) -> tuple[int, int]:
@@ -107,6 +157,8 @@ def faithfulness(
     positions: bool = False,
     n_random: int = 8,
     seed: int = 0,
+    memory_budget: int | None = None,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> Faithfulness:
     """Return how much of the model's metric the top of a circuit recovers, over circuit sizes.
@@ -129,12 +181,16 @@ def faithfulness(
         metric: One number per pair.
         ablation: ``corrupt``, ``mean``, ``zero`` or constants: see ``ablated_metric``.
         shares: Shares of the edges to evaluate at, ascending. ``"every"``: every number of edges from none to all.
-            None: every number where edges times pairs are at most 131,072, else none and 24 sizes in geometric
-            progression up to all; ``Faithfulness.sizes`` says which. ``MIB_SHARES``: those of the benchmark.
+            None: every number where edges times pairs are at most 131,072, and edges 4,096, else none and 24 sizes in
+            geometric progression up to all; ``Faithfulness.sizes`` says which. ``MIB_SHARES``: those of the benchmark.
         positions: Whether edges from a position embedding count like any other. They matter under ``zero`` ablation
             and constants.
-        n_random: Circuits of random edges that are evaluated alike, as the control, at nine of the sizes; at least two.
+        n_random: Circuits of random edges that are evaluated alike, as the control; at least two. Of more than 25 sizes
+            they have nine, and areas of the found circuits over those alone are given to compare.
         seed: Of the random circuits and of the bootstrap over pairs.
+        memory_budget: Bytes that the computation may take beside the model, its result included, but for the bootstrap,
+            which takes 8 KB for each pair and for each circuit. None: 512 MB at a time.
+        batch_size: Pairs at a time, at most.
         progress: Whether to show a bar.
 
     Cost: two forwards, and one per size and ranking and per random circuit. Under ``corrupt`` and ``mean`` ablation it
@@ -156,7 +212,8 @@ def faithfulness(
     and where clean and corrupt inputs agree, so that nothing that both share is ever ablated.
 
     Raises:
-        BadInput: the circuit is of another graph, the pairs do not line up, or ablating all edges changes nothing.
+        BadInput: the circuit is of another graph, the pairs do not line up, ablating all edges changes nothing, or the
+            budget does not hold one pair.
         UnknownName: no such ablation.
         UnsupportedModel: the model has a part that edges cannot represent.
     """
@@ -171,16 +228,17 @@ def faithfulness(
     counted = graph.counted(positions=positions)
     n_edges = int(counted.sum())
     x, sizes, said = _sizes(n_edges, len(pairs), shares)
-    # The control answers one question and is not read size by size: a few sizes do.
-    few = sorted(set(np.linspace(0, len(sizes) - 1, min(len(sizes), 9)).round().astype(int).tolist()))
+    n_few = len(sizes) if len(sizes) <= EVERY_CONTROL_UP_TO else FEW
+    few = np.linspace(0, len(sizes) - 1, n_few).round().astype(int).tolist()
     curves = [Curve("signed", x, sizes), Curve("absolute", x, sizes)]
     curves += [Curve("random", [x[i] for i in few], [sizes[i] for i in few])] * n_random
     random = random_sizes(graph, curves[-1].sizes, n_random, allowed=counted, seed=seed)
     orders = [circuit.ranking(absolute=absolute).cpu() for absolute in (False, True)]
-    ranked = [graph.connected(_prefixes(order[counted[order]], graph.n_edges, sizes)) for order in orders]
+    ranked = [_pruned(graph, order[counted[order]], sizes, memory_budget) for order in orders]
     ends = torch.stack([torch.zeros_like(counted), counted])
     kept = [part | ~counted for part in (ends, *ranked, *random)]
     options: dict[str, Any] = {"ablation": ablation, "neurons": graph.has_neurons, "progress": progress}
+    options |= {"memory_budget": memory_budget, "batch_size": batch_size}
     table = _table(model, pairs, kept, metric, nested=sizes == [*range(n_edges + 1)], **options)
     connected = [int(n) for part in (ends, *ranked, *random) for n in part.sum(1)]
     names = {"method": circuit.method, "metric": name_of(metric), "ablation": name_of_ablation(ablation)}
@@ -194,9 +252,8 @@ def _table(
     metric: Metric,
     *,
     nested: bool,
-    ablation: str | Mapping[str, Tensor],
     neurons: bool,
-    progress: bool,
+    **options: Any,
 ) -> Float[np.ndarray, "row pair"]:
     """The metric of every pair in every set; the second and third group may be nested, each set in the next."""
     found: dict[int, Tensor] = {}
@@ -204,15 +261,14 @@ def _table(
         if i == 2 and torch.equal(kept[1], kept[2]):  # scores without a sign have one ranking
             found[2] = found[1]
             continue
-        part = nested_metric(model, pairs, kept[i].flip(0), metric, ablation=ablation, progress=progress)
+        part = nested_metric(model, pairs, kept[i].flip(0), metric, **options)
         if part is None:  # the model runs whole
             break
         found[i] = part.flip(0)
     rest = torch.cat([part for i, part in enumerate(kept) if i not in found])
     unique, back = torch.unique(rest, dim=0, return_inverse=True)
-    values = ablated_metric(
-        model, pairs, unique.to(model.cfg.device), metric=metric, ablation=ablation, neurons=neurons, progress=progress
-    )[back.to(model.cfg.device)]
+    values = ablated_metric(model, pairs, unique.to(model.cfg.device), metric=metric, neurons=neurons, **options)
+    values = values[back.to(model.cfg.device)]
     others = iter(values.split([len(part) for i, part in enumerate(kept) if i not in found]))
     parts = [found[i] if i in found else next(others) for i in range(len(kept))]
     return torch.cat(parts).double().cpu().numpy()
@@ -229,10 +285,20 @@ def _sizes(n_edges: int, n_pairs: int, shares: Sequence[float] | str | None) -> 
         mib = "the ten sizes of MIB" if tuple(x) == MIB_SHARES else f"{len(x)} given sizes"
         return x, [int(share * n_edges) for share in x], mib
     sizes, said = list(range(n_edges + 1)), "every size"
-    if shares is None and n_edges * n_pairs > EVERY_SIZE_UP_TO:
+    if shares is None and (n_edges * n_pairs > EVERY_SIZE_UP_TO or n_edges > EVERY_EDGE_UP_TO):
         sizes = sorted({0, *np.geomspace(1, n_edges, GRID).round().astype(int).tolist()})
         said = f"{len(sizes)} sizes in geometric progression"
     return [size / n_edges for size in sizes], sizes, said
+
+
+def _pruned(
+    graph: Graph, order: Int[Tensor, " ranked"], sizes: Sequence[int], memory_budget: int | None
+) -> Bool[Tensor, "size edge"]:
+    """The circuits of the first edges of a ranking, without those on no path, a few sizes at a time."""
+    room = PRUNED_AT_A_TIME if memory_budget is None else min(PRUNED_AT_A_TIME, memory_budget // 8)
+    rows = max(1, room // (len(graph.readers) * len(graph.sources) + 8 * graph.n_edges))
+    starts = range(0, len(sizes), rows)
+    return torch.cat([graph.connected(_prefixes(order, graph.n_edges, sizes[i : i + rows])) for i in starts])
 
 
 def _prefixes(order: Int[Tensor, " ranked"], n_edges: int, sizes: Sequence[int]) -> Bool[Tensor, "size edge"]:

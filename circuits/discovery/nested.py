@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.discovery.batches import Setting, patchings_of, setting_of
-from circuits.discovery.memory import BUDGET
+from circuits.discovery.batches import patched_at_a_time, patchings_of, setting_of
+from circuits.discovery.graph import Graph
 from circuits.discovery.metrics import Metric
 from circuits.discovery.patching import Patching
 from circuits.discovery.removal import Kept, PartialRun
@@ -78,6 +80,8 @@ def nested_metric(
     metric: Metric,
     *,
     ablation: str | Mapping[str, Tensor] = "corrupt",
+    memory_budget: int | None = None,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> Float[Tensor, "set pair"] | None:
     """Return the metric of every pair in the model that keeps only some edges, for sets of which each holds the next.
@@ -93,6 +97,9 @@ def nested_metric(
             but for those that are in every set.
         metric: One number per pair.
         ablation: What the other edges carry: see ``ablated_metric``.
+        memory_budget: Bytes that the computation may take beside the model, the sets and its result included; None:
+            512 MB beside them.
+        batch_size: Pairs at a time, at most.
         progress: Whether to show a bar.
 
     Source: our own; on one edge removed at a time see ``acdc``.
@@ -104,33 +111,55 @@ def nested_metric(
     """
     if ablation not in SUMMED:
         return None
-    if bool((keep[1:] & ~keep[:-1]).any()):
+    if any(bool((later & ~earlier).any()) for earlier, later in pairwise(keep)):
         raise BadInput("the sets are not nested: expected each to hold the next")
     with torch.no_grad():
-        setting = setting_of(model, pairs, metric, ablation=ablation, denoising=False, batch_size=None)
+        budgets: dict[str, Any] = {"memory_budget": memory_budget, "batch_size": batch_size}
+        setting = setting_of(model, pairs, metric, ablation=ablation, denoising=False, **budgets)
         # In half precision thousands of small changes to one sum would add up to more than they are.
         if setting.blocks is None or setting.sites.layers[0].W_O.dtype not in (torch.float32, torch.float64):
             return None
         graph = setting.sites.graph
-        source, reader = (ends.numpy() for ends in graph.ends())
-        sets = np.concatenate([np.ones((1, graph.n_edges), dtype=bool), keep.cpu().numpy()])
-        size = _pairs_at_a_time(setting)
+        lost = _lost(graph, keep.cpu().numpy())
+        largest = max(lost, key=lambda edges: len({reader for reader, _ in edges}))
+        size = patched_at_a_time(
+            setting,
+            lambda patching: _rehearse(patching, largest),
+            kept=keep.numel() + 12 * keep.shape[0] * len(pairs),
+            **budgets,
+        )
         out = torch.empty(len(keep), len(pairs), device=setting.pairs.clean.device)
         with tqdm(total=len(keep) * len(pairs), desc="circuits", unit="pair", disable=not progress) as bar:
-            for rows, patching in patchings_of(setting, size):
+            for rows, patching in patchings_of(setting, size, memory_budget):
                 run = NestedRun(patching)
-                kept = graph.dense(torch.ones(graph.n_edges, dtype=torch.bool)).numpy()
-                for k in range(len(keep)):
-                    lost = (sets[k] & ~sets[k + 1]).nonzero()[0]
-                    kept[reader[lost], source[lost]] = False
-                    edges = zip(reader[lost].tolist(), source[lost].tolist(), strict=True)
+                kept = _all(graph)
+                for k, edges in enumerate(lost):
+                    for edge in edges:
+                        kept[edge] = False
                     out[k, rows] = run.remove(edges, kept).to(out.dtype)
                     bar.update(len(rows))
+                del run, patching  # before the next ones are made
     return out
 
 
-def _pairs_at_a_time(setting: Setting) -> int:
-    """How many pairs' runs to keep: each reader's input, what it computes, and each source's change."""
-    graph = setting.sites.graph
-    parts = 2 * len(graph.readers) + 3 * len(graph.sources)
-    return max(1, BUDGET // (parts * setting.tokens.shape[1] * setting.model.cfg.d_model * 4))
+def _lost(graph: Graph, keep: Bool[np.ndarray, "set edge"]) -> list[list[tuple[int, int]]]:
+    """The edges, as (reader, source), that each set lacks and the one before it, at first the whole graph, has."""
+    source, reader = (ends.numpy() for ends in graph.ends())
+    before, out = np.ones(graph.n_edges, dtype=bool), []
+    for row in keep:
+        numbers = (before & ~row).nonzero()[0]
+        out.append(list(zip(reader[numbers].tolist(), source[numbers].tolist(), strict=True)))
+        before = row
+    return out
+
+
+def _all(graph: Graph) -> Kept:
+    return graph.dense(torch.ones(graph.n_edges, dtype=torch.bool)).numpy()
+
+
+def _rehearse(patching: Patching, largest: Sequence[tuple[int, int]]) -> NestedRun:
+    """Have every part computed anew, and the most edges removed that any step removes: there is no more to keep."""
+    run = NestedRun(patching)
+    run.rehearse(1)
+    run.remove(largest, _all(run.graph))
+    return run

@@ -10,8 +10,10 @@ import torch
 from discovery_models import build, close, some_pairs
 
 from circuits import discovery
-from circuits.discovery import METHODS, attribute
+from circuits.discovery import METHODS, Circuit, Graph, attribute
+from circuits.discovery.circuit import mean_interval
 from circuits.discovery.memory import pairs_at_a_time, peak_bytes
+from circuits.discovery.nested import nested_metric
 from circuits.errors import BadInput, UnsupportedModel
 from circuits.model import ModelConfig, Transformer
 from circuits.tasks.base import Pairs
@@ -89,7 +91,55 @@ CALLS: dict[str, Callable[..., Any]] = {
     "neurons": lambda model, pairs, **o: discovery.activation_patching(model, pairs, "neurons", **o),
     "path": lambda model, pairs, **o: discovery.path_patching(model, pairs, ("embed", "a0.h1.v", "logits"), **o),
     "means": lambda model, pairs, **o: discovery.exact(model, pairs, ablation="mean", **o),
+    "neurons, mean": lambda model, pairs, **o: discovery.activation_patching(
+        model, pairs, "neurons", ablation="mean", **o
+    ),
+    "kl-divergence": lambda model, pairs, **o: discovery.kl_divergence(model, pairs, **o),
+    "squared-error": lambda model, pairs, **o: discovery.squared_error(model, pairs, **o),
+    "ablated": lambda model, pairs, **o: discovery.ablated_metric(model, pairs, some_sets(), **o),
+    "ablated, mean": lambda model, pairs, **o: discovery.ablated_metric(
+        model, pairs, some_sets(), ablation="mean", **o
+    ),
+    "ablated by position": lambda model, pairs, **o: discovery.ablated_metric(
+        model, pairs, some_sets()[:, None].expand(-1, 8, -1), **o
+    ),
+    "nested": lambda model, pairs, **o: nested_metric(
+        model, pairs, some_sets().cumprod(0).bool(), discovery.logit_difference, **o
+    ),
+    "faithfulness": lambda model, pairs, **o: discovery.faithfulness(model, circuit_of(model, pairs, o), pairs, **o),
+    "faithfulness, zero": lambda model, pairs, **o: discovery.faithfulness(
+        model, circuit_of(model, pairs, o), pairs, ablation="zero", **o
+    ),
+    "completeness": lambda model, pairs, **o: discovery.completeness(
+        model, circuit_of(model, pairs, o), pairs, greedy_steps=2, **o
+    ),
+    "minimality": lambda model, pairs, **o: discovery.minimality(model, circuit_of(model, pairs, o), pairs, **o),
+    "hypothesis-tests": lambda model, pairs, **o: discovery.hypothesis_tests(
+        model, circuit_of(model, pairs, o), pairs, n_random=44, permutations=99, **o
+    ),
+    "stability": lambda model, pairs, **o: discovery.stability(SCORED, 900, **o),
+    "edge-accuracy": lambda model, pairs, **o: discovery.edge_accuracy(SCORED, TRUE_EDGES, **o),
 }
+BIG = Graph.build(4, 8)
+TRUE_EDGES = BIG.edges[::7]
+
+
+def some_sets() -> torch.Tensor:
+    """Sets of edges of the wide model, each with most of them."""
+    return torch.rand(40, 61, generator=torch.Generator().manual_seed(0)) < 0.95
+
+
+def circuit_of(model: Transformer, pairs: Pairs, options: dict[str, Any]) -> Circuit:
+    return discovery.eap(model, pairs, **options).top(12)
+
+
+def scored(size: int) -> Circuit:
+    """A circuit whose scores per pair take as many bytes."""
+    effects = torch.randn(size // (4 * BIG.n_edges), BIG.n_edges, generator=torch.Generator().manual_seed(0))
+    return Circuit.of_effects(BIG, effects, method="x", metric="m", details={})
+
+
+SCORED = scored(4 * MB)
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -102,13 +152,53 @@ def test_every_method_keeps_its_budget_with_many_pairs(call: str) -> None:
     assert call in ("nodes", "patterns", "path") or taken >= 0.2 * budget
 
 
-@pytest.mark.parametrize("call", ["eap", "exact", "path", "acdc", "mask-gradient"])
+EVALUATIONS = ("ablated", "ablated, mean", "ablated by position", "nested", "completeness", "minimality")
+
+
+@pytest.mark.parametrize("call", [*EVALUATIONS, "faithfulness", "hypothesis-tests"])
+def test_an_evaluation_within_a_budget_is_that_without(call: str) -> None:
+    model, pairs = wide(), many_pairs(40)
+    whole = CALLS[call](model, pairs)
+    for options in ({"memory_budget": 700_000}, {"batch_size": 7}):
+        part = CALLS[call](model, pairs, **options)
+        for got, expected in zip(numbers(part), numbers(whole), strict=True):
+            assert got == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def numbers(result: Any) -> list[list[float]]:
+    frame = next(
+        (x for x in (getattr(result, n, None) for n in ("curve", "knockouts", "edges")) if x is not None), result
+    )
+    if isinstance(frame, torch.Tensor):
+        return frame.tolist()
+    return frame.select_dtypes("number").to_numpy().tolist()
+
+
+def test_resamples_within_a_budget_are_those_without() -> None:
+    whole, part = (discovery.stability(SCORED, 900, memory_budget=budget) for budget in (None, 3 * MB))
+    assert part.jaccard == pytest.approx(whole.jaccard) and part.interval == pytest.approx(whole.interval)
+    assert torch.allclose(part.frequency, whole.frequency)
+    right, left = (discovery.edge_accuracy(SCORED, TRUE_EDGES, memory_budget=budget) for budget in (None, 3 * MB))
+    assert right.auroc_interval is not None and left.auroc_interval == pytest.approx(right.auroc_interval)
+    assert left.average_precision_interval == pytest.approx(right.average_precision_interval)
+    values = torch.randn(30, 200, generator=torch.Generator().manual_seed(0)).double()
+    for got, expected in zip(mean_interval(values, memory_budget=1000), mean_interval(values), strict=True):
+        assert torch.allclose(got, expected)
+
+
+@pytest.mark.parametrize("call", ["eap", "exact", "path", "acdc", "mask-gradient", "ablated", "kl-divergence"])
 def test_a_large_vocabulary_counts(call: str) -> None:
     model, pairs = wide(d_vocab=5000), many_pairs(64, 5000)
     budget = 8 * MB
     assert peak_bytes(lambda: CALLS[call](model, pairs, memory_budget=budget)) <= 1.1 * budget
     # which a batch of all pairs would not keep
     assert peak_bytes(lambda: model(pairs.clean)) > budget
+
+
+@pytest.mark.parametrize(("call", "budget"), [("constants", 12 * MB), ("neurons, mean", 4 * MB)])
+def test_means_over_many_inputs_are_taken_in_parts(call: str, budget: int) -> None:
+    model, pairs = wide(d_vocab=5000), many_pairs(256, 5000)
+    assert peak_bytes(lambda: CALLS[call](model, pairs, memory_budget=budget)) <= 1.1 * budget
 
 
 @pytest.mark.parametrize("call", ["exact", "acdc", "eap"])

@@ -83,7 +83,9 @@ def test_edges_can_carry_given_constants() -> None:
     model, pairs = build(), some_pairs(3)
     sites = sites_of(model)
     mean = replacement(model, sites, pairs, "mean")
-    assert torch.equal(exact(model, pairs, ablation=mean).scores, exact(model, pairs, ablation="mean").scores)
+    given = exact(model, pairs, ablation=mean)
+    assert torch.equal(given.scores, exact(model, pairs, ablation="mean").scores)
+    assert given.details["ablation"] == discovery.mask_gradient(model, pairs, ablation=mean).details["ablation"]
     constants = {name: value.mean(1, keepdim=True) for name, value in mean.items()}
     got = exact(model, pairs, ablation=constants).scores
     one_off = ~torch.eye(sites.graph.n_edges, dtype=torch.bool)

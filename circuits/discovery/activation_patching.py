@@ -16,6 +16,7 @@ from circuits.discovery.batches import Setting, patchings, setting_of
 from circuits.discovery.blocks import activations_at, same
 from circuits.discovery.circuit import mean_interval
 from circuits.discovery.exact import check_effects, check_finite
+from circuits.discovery.memory import pairs_at_a_time
 from circuits.discovery.metrics import Metric, logit_difference, name_of
 from circuits.discovery.patching import Patching
 from circuits.errors import UnknownName, UnsupportedModel
@@ -146,7 +147,7 @@ def activation_patching(
         )
         if setting.blocks is None:
             raise UnsupportedModel(f"activation patching runs the model part by part: {setting.why_whole}")
-        n_cells, patch = SWEEPS[over](setting, ablation)
+        n_cells, patch = SWEEPS[over](setting, ablation, memory_budget, batch_size)
         shape = (len(pairs), len(setting.sites.layers), n_cells)
         effects = torch.zeros(shape, device=setting.pairs.clean.device)
         with tqdm(total=None, desc=f"patching {over}", unit="place", disable=not progress) as bar:
@@ -170,7 +171,7 @@ def activation_patching(
 Patch = Callable[[Rows, Patching], Parts]
 
 
-def _positions(setting: Setting, ablation: str) -> tuple[int, Patch]:
+def _positions(setting: Setting, *_: object) -> tuple[int, Patch]:
     graph = setting.sites.graph
 
     def patch(rows: Rows, patching: Patching) -> Parts:
@@ -187,7 +188,7 @@ def _positions(setting: Setting, ablation: str) -> tuple[int, Patch]:
     return setting.pairs.clean.shape[1], patch
 
 
-def _heads(setting: Setting, ablation: str) -> tuple[int, Patch]:
+def _heads(setting: Setting, *_: object) -> tuple[int, Patch]:
     counts = [len(layer.W_O) for layer in setting.sites.layers]
 
     def patch(rows: Rows, patching: Patching) -> Parts:
@@ -200,7 +201,7 @@ def _heads(setting: Setting, ablation: str) -> tuple[int, Patch]:
     return max(counts), patch
 
 
-def _neurons(setting: Setting, ablation: str) -> tuple[int, Patch]:
+def _neurons(setting: Setting, ablation: str, memory_budget: int | None, batch_size: int | None) -> tuple[int, Patch]:
     model, names, weights = setting.model, [], []
     for i, layer in enumerate(setting.sites.layers):
         if layer.mlp_out is None:
@@ -209,7 +210,7 @@ def _neurons(setting: Setting, ablation: str) -> tuple[int, Patch]:
         weights.append(_output_weights(setting, i, names[-1]))
     means = None
     if ablation == "mean":
-        means = _means(setting, names)
+        means = _means(setting, names, memory_budget, batch_size)
 
     def patch(rows: Rows, patching: Patching) -> Parts:
         length = patching.stream(0).shape[1]
@@ -227,14 +228,20 @@ def _neurons(setting: Setting, ablation: str) -> tuple[int, Patch]:
     return len(weights[0]), patch
 
 
-def _means(setting: Setting, names: list[str]) -> dict[str, Tensor]:
+def _means(setting: Setting, names: list[str], memory_budget: int | None, batch_size: int | None) -> dict[str, Tensor]:
     """Return the mean over the clean inputs of some activations, position by position."""
-    totals: dict[str, Tensor] = {}
-    for tokens in setting.pairs.clean.split(32):
+    clean, totals = setting.pairs.clean, dict[str, Tensor]()
+    size = pairs_at_a_time(
+        lambda n: activations_at(setting.model, names, clean[:n]),
+        len(clean),
+        memory_budget=memory_budget,
+        batch_size=batch_size,
+    )
+    for tokens in clean.split(size):
         for name, value in activations_at(setting.model, names, tokens)[0].items():
             part = value.sum(0, keepdim=True)
             totals[name] = totals[name] + part if name in totals else part
-    return {name: total / len(setting.pairs) for name, total in totals.items()}
+    return {name: total / len(clean) for name, total in totals.items()}
 
 
 def _output_weights(setting: Setting, i: int, post: str) -> Float[Tensor, "neuron d_model"]:
@@ -250,7 +257,7 @@ def _output_weights(setting: Setting, i: int, post: str) -> Float[Tensor, "neuro
     return weight.detach()
 
 
-SWEEPS: dict[str, Callable[[Setting, str], tuple[int, Patch]]] = {
+SWEEPS: dict[str, Callable[[Setting, str, int | None, int | None], tuple[int, Patch]]] = {
     "positions": _positions,
     "heads": _heads,
     "neurons": _neurons,

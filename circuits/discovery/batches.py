@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.discovery.ablate import ablated_logits, shared_replacement
+from circuits.discovery.ablate import ablated_logits, name_of_ablation, shared_replacement
 from circuits.discovery.activations import check_model, source_differences, source_values
 from circuits.discovery.blocks import Blocks, activations_at, blocks_of
 from circuits.discovery.memory import pairs_at_a_time
@@ -54,9 +54,8 @@ class Setting:
 
     def details(self, ablation: Ablation) -> dict[str, str | int | bool]:
         """Return what a result records of the setting."""
-        name = ablation if isinstance(ablation, str) else "given"
         facts: dict[str, str | int | bool] = {"pairs": len(self.pairs), "changed": self.pairs.changed}
-        facts |= {"ablation": name, "denoising": self.denoising}
+        facts |= {"ablation": name_of_ablation(ablation), "denoising": self.denoising}
         return facts | ({"whole_forwards_because": self.why_whole} if self.why_whole else {})
 
 

@@ -298,9 +298,21 @@ class Circuit:
 
 
 def mean_interval(
-    values: Float[Tensor, "pair column"], *, level: float = 0.95, seed: int = 0, resamples: int = 1000
+    values: Float[Tensor, "pair column"],
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+    resamples: int = 1000,
+    memory_budget: int | None = None,
 ) -> tuple[Float[Tensor, " column"], Float[Tensor, " column"]]:
     """Return the percentile-bootstrap interval, low and high, of each column's mean over resampled pairs.
+
+    Args:
+        values: One row per pair.
+        level: Of the interval.
+        seed: Of the resamples.
+        resamples: Their number.
+        memory_budget: Bytes that the means over resamples may take at a time; None: some 32 MB.
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
 
@@ -312,9 +324,12 @@ def mean_interval(
     if resamples < 1:
         raise BadInput(f"resamples = {resamples}: expected at least 1")
     counts = torch.from_numpy(resampling_counts(len(values), seed=seed, resamples=resamples))
-    weights = counts.to(values) / len(values)
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2]).to(values)
     # columns in groups: torch.quantile takes at most 16 million numbers
-    groups = values.split(max(1, 4_000_000 // resamples), dim=1)
-    low, high = torch.cat([torch.quantile(weights @ group, ends, dim=0) for group in groups], 1)
+    numbers = 4_000_000 if memory_budget is None else min(4_000_000, memory_budget // 64)
+    found: list[Tensor] = []
+    for group in values.split(max(1, numbers // resamples), dim=1):
+        means = [part.to(values) @ group / len(values) for part in counts.split(max(1, numbers // len(values)))]
+        found.append(torch.quantile(torch.cat(means), ends, dim=0))
+    low, high = torch.cat(found, 1)
     return low, high

@@ -71,6 +71,8 @@ def completeness(
     greedy_steps: int = 8,
     greedy_candidates: int = 10,
     seed: int = 0,
+    memory_budget: int | None = None,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> Completeness:
     """Return how far the circuit is from the model when the same edges K of the circuit are knocked out of both.
@@ -91,6 +93,9 @@ def completeness(
         greedy_steps: Edges of the greedy subset; it takes 2 x ``greedy_candidates`` forwards per edge.
         greedy_candidates: Edges that are tried at each greedy step.
         seed: Of the subsets.
+        memory_budget: Bytes that the computation may take beside the model, its result included; None: see
+            ``ablated_metric``.
+        batch_size: Pairs at a time, at most.
         progress: Whether to show a bar.
 
     Cost: two forwards for the scale, two for each knock-out, and 2 x ``greedy_candidates`` for each edge of the greedy
@@ -105,10 +110,12 @@ def completeness(
     everything hardly moves the metric, so that distances are divided by little.
 
     Raises:
-        BadInput: the circuit is of another graph or empty, or ablating all edges changes nothing.
+        BadInput: the circuit is of another graph or empty, ablating all edges changes nothing, or the budget does not
+            hold one pair.
     """
     kept = _checked(model, circuit)
     options: dict[str, Any] = {"metric": metric, "ablation": ablation, "neurons": circuit.graph.has_neurons}
+    options |= {"memory_budget": memory_budget, "batch_size": batch_size}
     generator = torch.Generator().manual_seed(seed)
     members = kept.nonzero().flatten()
     none = torch.zeros_like(kept)
@@ -138,7 +145,7 @@ def completeness(
         kinds.append("greedy")
     sets = torch.stack([*removed, kept])
     of_circuit, of_model = (measure(edges)[:, judged] for edges in (kept & ~sets, ~sets))
-    rows = _rows([*kinds, "circuit"], sets, of_circuit, of_model, empty, full, seed)
+    rows = _rows([*kinds, "circuit"], sets, of_circuit, of_model, empty, full, seed, memory_budget)
     return Completeness(rows, name_of(metric), len(members), of_model.shape[1])
 
 
@@ -150,6 +157,8 @@ def minimality(
     *,
     ablation: str | Mapping[str, Tensor] = "corrupt",
     seed: int = 0,
+    memory_budget: int | None = None,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Return what knocking each edge out of the circuit does to it, the least first.
@@ -164,6 +173,9 @@ def minimality(
         metric: One number per pair.
         ablation: What an ablated edge carries: see ``ablated_metric``.
         seed: Of the bootstrap.
+        memory_budget: Bytes that the computation may take beside the model, its result included; None: see
+            ``ablated_metric``.
+        batch_size: Pairs at a time, at most.
         progress: Whether to show a bar.
 
     Cost: three forwards, and one for each edge of the circuit. No backward.
@@ -176,7 +188,8 @@ def minimality(
     Fails when: two edges of the circuit back each other up, so that neither alone seems needed.
 
     Raises:
-        BadInput: the circuit is of another graph or empty, or ablating all edges changes nothing.
+        BadInput: the circuit is of another graph or empty, ablating all edges changes nothing, or the budget does not
+            hold one pair.
     """
     import pandas as pd
 
@@ -186,12 +199,13 @@ def minimality(
     without[torch.arange(len(members)), members] = False
     sets = torch.cat([torch.ones_like(kept)[None], torch.zeros_like(kept)[None], kept[None], without])
     options: dict[str, Any] = {"metric": metric, "ablation": ablation, "neurons": circuit.graph.has_neurons}
-    found = ablated_metric(model, pairs, sets.to(circuit.kept.device), progress=progress, **options)
+    options |= {"memory_budget": memory_budget, "batch_size": batch_size, "progress": progress}
+    found = ablated_metric(model, pairs, sets.to(circuit.kept.device), **options)
     scores = found.double().cpu()
     full_scores, empty_scores = scores[:2].numpy()
     empty, full = ends_of_gap(empty_scores, full_scores, name_of(metric))
     effects = (scores[3:] - scores[2]) / abs(full - empty)
-    low, high = mean_interval(effects.T, seed=seed)
+    low, high = mean_interval(effects.T, seed=seed, memory_budget=memory_budget)
     frame = pd.DataFrame(
         {
             "source": [circuit.graph.edges[i][0] for i in members.tolist()],
@@ -220,11 +234,12 @@ def _rows(
     empty: float,
     full: float,
     seed: int,
+    memory_budget: int | None,
 ) -> pd.DataFrame:
     import pandas as pd
 
     difference = (of_circuit - of_model) / abs(full - empty)
-    low, high = mean_interval(difference.T, seed=seed)
+    low, high = mean_interval(difference.T, seed=seed, memory_budget=memory_budget)
     return pd.DataFrame(
         {
             "kind": list(kinds),

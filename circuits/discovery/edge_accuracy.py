@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from circuits._stats import resampling_counts
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.graph import component
+from circuits.discovery.memory import BUDGET
 from circuits.errors import BadInput
 
 
@@ -43,6 +44,7 @@ def edge_accuracy(
     components: bool = False,
     resamples: int = 200,
     seed: int = 0,
+    memory_budget: int | None = None,
 ) -> EdgeAccuracy:
     """Return how well the size of a score tells the true edges from all others.
 
@@ -57,6 +59,7 @@ def edge_accuracy(
             largest score stands for them.
         resamples: Bootstrap resamples of the pairs.
         seed: Of the resamples.
+        memory_budget: Bytes that the computation may take; None: 512 MB.
 
     Cost: no forward and no backward: the scores are there.
 
@@ -80,21 +83,33 @@ def edge_accuracy(
     truth_of = np.asarray(_merge(is_true.double()[None], groups)[0]) > 0
     if truth_of.all():
         raise BadInput("with components merged every edge is true: expected some that are not")
-    scores = circuit.scores.double().cpu()[None]
-    per_pair = circuit.per_example
-    if per_pair is not None:
-        counts = torch.from_numpy(resampling_counts(len(per_pair), seed=seed, resamples=resamples)).double()
-        scores = torch.cat([scores, counts @ per_pair.double().cpu() / len(per_pair)])
-    importance = np.asarray(_merge(scores.abs(), groups))
-    auroc, precision = areas(importance, truth_of)
+    found = [areas(np.asarray(_merge(circuit.scores.double().cpu()[None].abs(), groups)), truth_of)]
+    for scores in _resampled(circuit, resamples, seed, BUDGET if memory_budget is None else memory_budget):
+        found.append(areas(np.asarray(_merge(scores.abs(), groups)), truth_of))
+        del scores  # before the next ones are made
+    auroc, precision = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    alone = len(auroc) == 1
     return EdgeAccuracy(
         float(auroc[0]),
-        None if per_pair is None else _span(auroc[1:]),
+        None if alone else _span(auroc[1:]),
         float(precision[0]),
-        None if per_pair is None else _span(precision[1:]),
+        None if alone else _span(precision[1:]),
         int(truth_of.sum()),
         len(truth_of),
     )
+
+
+def _resampled(circuit: Circuit, resamples: int, seed: int, memory_budget: int) -> Iterator[Float[Tensor, "row edge"]]:
+    """Yield the scores of bootstrap resamples of the pairs, some resamples at a time; none without scores per pair."""
+    if circuit.per_example is None:
+        return
+    n = len(circuit.per_example)
+    counts = torch.from_numpy(resampling_counts(n, seed=seed, resamples=resamples))
+    # of a resample: scores, their sizes, merged, and what ranks them
+    for rows in counts.split(max(1, memory_budget // (96 * circuit.graph.n_edges))):
+        weights = rows.double() / n
+        columns = circuit.per_example.split(max(1, memory_budget // (16 * n)), dim=1)
+        yield torch.cat([weights @ part.double().cpu() for part in columns], 1)
 
 
 def areas(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -92,6 +92,8 @@ def hypothesis_tests(
     level: float = 0.05,
     reference: str = "model",
     seed: int = 0,
+    memory_budget: int | None = None,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> CircuitTests:
     """Return the five tests of the circuit that ``circuit.kept`` is.
@@ -130,6 +132,9 @@ def hypothesis_tests(
             ``complement``, the edges that C does not have. A random circuit of the model shares edges with a large C,
             and then ablating either does much the same.
         seed: Of random circuits and permutations.
+        memory_budget: Bytes that the computation may take beside the model, its result included, of which the test of
+            independence takes 32 for every two pairs; None: see ``ablated_metric``.
+        batch_size: Pairs at a time, at most.
         progress: Whether to show a bar.
 
     Cost: 4 x ``n_random`` forwards, one for every edge of the circuit, and three. No backward.
@@ -147,8 +152,8 @@ def hypothesis_tests(
 
     Raises:
         BadInput: the circuit is of another graph, empty or the whole model, a rate is not between 0 and 1, there are
-            too few random circuits or permutations for any outcome to be significant at ``level``, or the complement
-            has no random circuits of the circuit's size.
+            too few random circuits or permutations for any outcome to be significant at ``level``, the complement
+            has no random circuits of the circuit's size, or the budget does not hold what has to be there at a time.
         UnknownName: no such ``reference``.
     """
     counted = circuit.graph.counted(positions=ablation not in SAME_POSITIONS)
@@ -156,10 +161,16 @@ def hypothesis_tests(
     _check_power(quantile, n_random, permutations, level)
     if reference not in REFERENCES:
         raise UnknownName("reference of partial necessity", reference, REFERENCES)
+    if memory_budget is not None and (needed := KERNELS * len(pairs) ** 2) > memory_budget:
+        raise BadInput(
+            f"memory_budget = {memory_budget} bytes: the test of independence compares any two of {len(pairs)} pairs, "
+            f"which takes {needed}; expected at least that, or fewer pairs"
+        )
     groups = _groups(circuit.graph, circuit.kept.cpu() & counted, counted, reference, n_random, seed)
     keep = (torch.cat(groups) | ~counted).to(circuit.kept.device)
-    neurons = circuit.graph.has_neurons
-    scores = ablated_metric(model, pairs, keep, metric=metric, ablation=ablation, neurons=neurons, progress=progress)
+    options: dict[str, Any] = {"neurons": circuit.graph.has_neurons, "progress": progress}
+    options |= {"memory_budget": memory_budget, "batch_size": batch_size}
+    scores = ablated_metric(model, pairs, keep, metric=metric, ablation=ablation, **options)
     parts = scores.double().cpu().split([len(group) for group in groups])
     full, own, complement = parts[0][0], parts[1][0], parts[2][0]
     found = [_equivalence(own, full, epsilon), _independence(complement, full, permutations, seed)]
@@ -230,22 +241,28 @@ def hsic(x: Float[Tensor, " pair"], y: Float[Tensor, " pair"], permutations: int
     Source: Gretton et al. 2007, A Kernel Statistical Test of Independence, equation 4.
     """
     n = len(x)
-    kernels = [_gaussian_kernel(v) for v in (x, y)]
-    centred = kernels[0] - kernels[0].mean(0) - kernels[0].mean(1, keepdim=True) + kernels[0].mean()
-    observed = float((centred * kernels[1]).sum()) / n**2
+    centred = _gaussian_kernel(x)
+    row, column, whole = centred.mean(0), centred.mean(1, keepdim=True), centred.mean()
+    centred.sub_(row).sub_(column).add_(whole)
+    other = _gaussian_kernel(y)
+
+    def criterion(order: Tensor) -> float:
+        return float(torch.dot(centred.flatten(), other[order[:, None], order].flatten())) / n**2
+
+    observed = criterion(torch.arange(n))
     generator = torch.Generator().manual_seed(seed)
-    above = 0
-    for _ in range(permutations):
-        order = torch.randperm(n, generator=generator)
-        above += float((centred * kernels[1][order][:, order]).sum()) / n**2 >= observed
+    above = sum(criterion(torch.randperm(n, generator=generator)) >= observed for _ in range(permutations))
     return observed, (1 + above) / (1 + permutations)
 
 
 def _gaussian_kernel(v: Float[Tensor, " pair"]) -> Float[Tensor, "pair pair"]:
-    distance = (v[:, None] - v).abs()
-    off_diagonal = distance[~torch.eye(len(v), dtype=torch.bool)]
-    width = off_diagonal[off_diagonal > 0].median() if bool((off_diagonal > 0).any()) else torch.ones(())
-    return torch.exp(-(distance**2) / (2 * width**2))
+    distance = (v[:, None] - v).abs_()
+    upper = torch.triu_indices(len(v), len(v), 1)
+    apart = distance[upper[0], upper[1]]
+    del upper
+    apart = apart[apart > 0]
+    width = apart.median() if len(apart) else torch.ones(())
+    return distance.square_().div_(-2 * width**2).exp_()
 
 
 def equivalence_p(above: int, n: int, epsilon: float) -> float:
@@ -294,6 +311,8 @@ def _inflated(
     return inflated, knocked
 
 
+KERNELS = 32
+"""Bytes that the test of independence takes for every two pairs."""
 REFERENCES = ("model", "complement")
 """Where the random circuits of partial necessity can be drawn from."""
 

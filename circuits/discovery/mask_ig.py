@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.discovery.ablate import ablated_logits_by_pair, replacement, shared_replacement
+from circuits.discovery.ablate import ablated_logits_by_pair, name_of_ablation, replacement, shared_replacement
 from circuits.discovery.activations import check_model
 from circuits.discovery.attribution import pair_slices
 from circuits.discovery.circuit import Circuit
@@ -175,7 +175,7 @@ def _circuit(
     details = {
         "pairs": len(pairs),
         "changed": pairs.changed,
-        "ablation": ablation if isinstance(ablation, str) else "constants",
+        "ablation": name_of_ablation(ablation),
         "points": points,
     }
     signed = not is_distance(metric)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits.discovery.memory import pairs_at_a_time
 from circuits.errors import BadInput
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
@@ -79,7 +80,9 @@ def _keys(pairs: Pairs) -> list[tuple[int, ...]]:
     return [(*row, at) for row, at in zip(pairs.clean.tolist(), pairs.position.tolist(), strict=True)]
 
 
-def kl_divergence(model: HookedModel, pairs: Pairs, *, batch_size: int = 256) -> Distance:
+def kl_divergence(
+    model: HookedModel, pairs: Pairs, *, memory_budget: int | None = None, batch_size: int = 256
+) -> Distance:
     """Return a metric: the divergence KL(clean || other), in nats, of the output distributions at the answer.
 
     The clean model is run here, once; the metric finds an example's clean output again by its tokens.
@@ -87,7 +90,9 @@ def kl_divergence(model: HookedModel, pairs: Pairs, *, batch_size: int = 256) ->
     Args:
         model: The model in which edges will be ablated.
         pairs: All pairs that the metric will be used on.
-        batch_size: Pairs at a time.
+        memory_budget: Bytes that the clean run may take beside the model, what is kept of it included; None: 512 MB
+            beside that.
+        batch_size: Pairs at a time, at most.
 
     Source: Conmy et al. 2023, arXiv 2304.14997, section 3.2 (with the full model's output as the reference).
     """
@@ -96,10 +101,12 @@ def kl_divergence(model: HookedModel, pairs: Pairs, *, batch_size: int = 256) ->
         p, q = clean.log_softmax(-1), other.log_softmax(-1)
         return (p.exp() * (p - q)).sum(-1)
 
-    return Distance("kl_divergence", between, *_clean_logits(model, pairs, batch_size))
+    return Distance("kl_divergence", between, *_clean_logits(model, pairs, memory_budget, batch_size))
 
 
-def squared_error(model: HookedModel, pairs: Pairs, *, batch_size: int = 256) -> Distance:
+def squared_error(
+    model: HookedModel, pairs: Pairs, *, memory_budget: int | None = None, batch_size: int = 256
+) -> Distance:
     """Return a metric: the squared difference from the clean logits at the answer, averaged over the vocabulary.
 
     Arguments are those of ``kl_divergence``.
@@ -110,11 +117,11 @@ def squared_error(model: HookedModel, pairs: Pairs, *, batch_size: int = 256) ->
     def between(clean: Tensor, other: Tensor) -> Tensor:
         return (other - clean).pow(2).mean(-1)
 
-    return Distance("squared_error", between, *_clean_logits(model, pairs, batch_size))
+    return Distance("squared_error", between, *_clean_logits(model, pairs, memory_budget, batch_size))
 
 
 def _clean_logits(
-    model: HookedModel, pairs: Pairs, batch_size: int
+    model: HookedModel, pairs: Pairs, memory_budget: int | None, batch_size: int
 ) -> tuple[Float[Tensor, "row d_vocab_out"], dict[tuple[int, ...], int]]:
     check_pairs(pairs)
     pairs = pairs.to(model.cfg.device)
@@ -122,11 +129,23 @@ def _clean_logits(
     for i, key in enumerate(_keys(pairs)):
         first.setdefault(key, i)
     chosen = torch.tensor(list(first.values()), device=pairs.clean.device)
-    found: list[Tensor] = []
+
+    def logits_of(rows: Tensor) -> Tensor:
+        logits = model(pairs.clean[rows])
+        return logits[torch.arange(len(rows), device=logits.device), pairs.position[rows].to(logits.device)]
+
     with torch.no_grad():
-        for rows in chosen.split(batch_size):
-            logits = model(pairs.clean[rows])
-            found.append(logits[torch.arange(len(rows), device=logits.device), pairs.position[rows].to(logits.device)])
+        one = logits_of(chosen[:1])
+        size = pairs_at_a_time(
+            lambda n: logits_of(chosen[:n]),
+            len(chosen),
+            memory_budget=memory_budget,
+            # gathered batch by batch, and then once more as one
+            kept=2 * len(chosen) * one.numel() * one.element_size(),
+            batch_size=batch_size,
+            estimate=4 * len(chosen) * pairs.clean.shape[1] * one.numel() * one.element_size(),
+        )
+        found = [logits_of(rows) for rows in chosen.split(size)]
     return torch.cat(found), {key: i for i, key in enumerate(first)}
 
 

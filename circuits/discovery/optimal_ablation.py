@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from circuits.discovery.ablate import replacement
+from circuits.discovery.ablate import shared_replacement
 from circuits.discovery.learned_masks import fit
 from circuits.discovery.metrics import Metric
 from circuits.discovery.sites import Sites, sites_of
@@ -59,7 +59,7 @@ def optimal_constants(
     """
     pairs = pairs.to(model.cfg.device)
     sites = sites_of(model)
-    constants = starting_constants(model, sites, pairs)
+    constants = starting_constants(model, sites, pairs, memory_budget=memory_budget)
     source, _ = sites.graph.ends(pairs.clean.device)
     numbers = torch.arange(len(sites.graph.sources), device=source.device)
     keep = (source[None] != numbers[:, None]).to(constants[sites.embed].dtype)
@@ -83,7 +83,10 @@ def optimal_constants(
     return {name: constant.detach() for name, constant in constants.items()}
 
 
-def starting_constants(model: HookedModel, sites: Sites, pairs: Pairs) -> dict[str, Tensor]:
-    """Return each source's mean over inputs and positions, to be trained."""
-    means = replacement(model, sites, pairs, "mean", batch_size=256)
+def starting_constants(
+    model: HookedModel, sites: Sites, pairs: Pairs, *, memory_budget: int | None = None
+) -> dict[str, Tensor]:
+    """Return each source's mean over inputs and positions, to be trained; found within a budget."""
+    means = shared_replacement(model, sites, pairs, "mean", memory_budget=memory_budget)
+    assert means is not None  # which only corrupt activations are
     return {name: value.mean(1, keepdim=True).detach().clone().requires_grad_() for name, value in means.items()}

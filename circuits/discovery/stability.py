@@ -12,6 +12,7 @@ from torch import Tensor
 
 from circuits._stats import resampling_counts
 from circuits.discovery.circuit import Circuit
+from circuits.discovery.memory import BUDGET
 from circuits.errors import BadInput
 
 if TYPE_CHECKING:
@@ -59,7 +60,13 @@ class Stability:
 
 
 def stability(
-    circuit: Circuit, n_edges: int, *, absolute: bool = True, resamples: int = 200, seed: int = 0
+    circuit: Circuit,
+    n_edges: int,
+    *,
+    absolute: bool = True,
+    resamples: int = 200,
+    seed: int = 0,
+    memory_budget: int | None = None,
 ) -> Stability:
     """Return how far the ``n_edges`` best edges depend on which pairs were drawn; nothing is run again.
 
@@ -73,6 +80,7 @@ def stability(
         absolute: Rank by the size of the score: see ``Circuit.ranking``.
         resamples: Bootstrap resamples of the pairs.
         seed: Of the resamples.
+        memory_budget: Bytes that the computation may take; None: 512 MB.
 
     Cost: no forward and no backward: the scores per pair are drawn again.
 
@@ -94,16 +102,21 @@ def stability(
     chosen = circuit.top(n_edges, absolute=absolute)
     pairs = len(circuit.per_example)
     counts = torch.from_numpy(resampling_counts(pairs, seed=seed, resamples=resamples))
-    scores = counts.to(circuit.per_example) @ circuit.per_example / pairs
-    importance = scores.abs() if absolute or not circuit.signed else -scores
-    order = importance.argsort(dim=1, descending=True, stable=True)[:, :n_edges]
-    found = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
-    similarity = jaccard(found, chosen.kept.expand_as(found))
+    frequency = torch.zeros(total, dtype=torch.float64, device=circuit.scores.device)
+    found: list[Tensor] = []
+    # a score, its size, its place in the order, and twice as much while they are sorted
+    for rows in counts.split(max(1, (BUDGET if memory_budget is None else memory_budget) // (32 * total))):
+        scores = rows.to(circuit.per_example) @ circuit.per_example / pairs
+        importance = scores.abs() if absolute or not circuit.signed else -scores
+        order = importance.argsort(dim=1, descending=True, stable=True)[:, :n_edges]
+        kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+        found.append(jaccard(kept, chosen.kept.expand_as(kept)))
+        frequency += kept.sum(0)
+        del scores, importance, order, kept  # before the next ones are made
+    similarity = torch.cat(found)
     low, high = torch.quantile(similarity, torch.tensor([0.025, 0.975]).to(similarity)).tolist()
     expected = n_edges / (2 * total - n_edges)
-    return Stability(
-        float(similarity.mean()), (low, high), expected, found.double().mean(0), chosen, n_edges, resamples
-    )
+    return Stability(float(similarity.mean()), (low, high), expected, frequency / resamples, chosen, n_edges, resamples)
 
 
 def jaccard(a: Bool[Tensor, "*batch edge"], b: Bool[Tensor, "*batch edge"]) -> Float[Tensor, "*batch"]:

@@ -88,7 +88,7 @@ def uniform_gradient_sampling(
     optimizers = [torch.optim.Adam([logit], lr=learning_rate)]
     constants = None
     if ablation == "optimal":
-        constants = starting_constants(model, sites, pairs)
+        constants = starting_constants(model, sites, pairs, memory_budget=memory_budget)
         optimizers.append(torch.optim.Adam(list(constants.values()), lr=constant_rate))
     losses = fit(
         model,

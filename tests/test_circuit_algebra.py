@@ -79,6 +79,13 @@ def test_random_circuits_share_what_the_table_says() -> None:
     assert mean == pytest.approx(rows[0]["jaccard_random"], abs=0.02)
 
 
+def into(circuit: Circuit, head: str) -> list[tuple[str, str]]:
+    """The edges from the token embedding into what a head is computed from."""
+    source = circuit.graph.sources.index(head)
+    readers = [r for r, fed in zip(circuit.graph.readers, circuit.graph.feeds, strict=True) if source in fed]
+    return [("embed", reader) for reader in readers]
+
+
 @pytest.mark.parametrize("shape", ["ours", "Llama", "GPTNeoX"])
 def test_merged_edges_are_the_sum_of_what_enters_a_component(shape: str) -> None:
     model = build() if shape == "ours" else hugging_face(shape)
@@ -98,8 +105,14 @@ def test_merged_edges_are_the_sum_of_what_enters_a_component(shape: str) -> None
         assert bool(whole.kept[i]) == bool(circuit.kept[numbers].any())
     assert whole.per_example is not None and close(whole.per_example.mean(0), whole.scores, 1e-5)
     assert len(whole.figure(top=10).data) > 3 and whole.pruned().n_kept <= whole.n_kept
-    sizes = replace(circuit, scores=circuit.scores.abs(), signed=False).merged()
-    assert float(sizes.scores.max()) == pytest.approx(float(circuit.scores.abs().max()))
+    bare = replace(circuit, scores=circuit.scores.abs(), signed=False, per_example=None).merged()
+    assert float(bare.scores.max()) == pytest.approx(float(circuit.scores.abs().max()))
+    assert circuit.per_example is not None
+    effects = circuit.per_example.abs()
+    sizes = replace(circuit, scores=effects.mean(0), signed=False, per_example=effects).merged()
+    i, parts = sizes.graph.index("embed", "a0.h1"), [circuit.graph.index(*edge) for edge in into(circuit, "a0.h1")]
+    assert sizes.per_example is not None and torch.equal(sizes.per_example[:, i], effects[:, parts].amax(1))
+    assert close(sizes.per_example.mean(0), sizes.scores, 1e-6)
     with pytest.raises(BadInput, match="of another graph"):
         faithfulness(model, whole, some_pairs(4))
 

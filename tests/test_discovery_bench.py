@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def test_rows_are_what_the_single_calls_give(tmp_path: Path) -> None:
     others = known_circuits.build("program-hist", n_pairs=64, seed=1000).pairs.without(known.pairs)
     others = others.take(torch.arange(16))
     assert row["n_held_out"] == 16 and 0 <= row["seen_inputs"] < 1
-    assert row["cpr"] == pytest.approx(discovery.faithfulness(known.model, circuit, others).cpr)
+    curve = discovery.faithfulness(known.model, circuit, others)
+    assert row["cpr"] == pytest.approx(curve.cpr) and row["cmd_at_control"] == pytest.approx(curve.cmd_at_control)
+    assert row["stability"] == discovery.stability(circuit, len(known.active)).jaccard
     assert row["forwards"] > 1 and row["seconds"] > 0
     assert table.loc[("program-length", "eap"), "status"] == "no edge is active under these pairs"
     assert table.loc[("linear", "eap"), "active_precision"] == 1
@@ -139,3 +142,58 @@ def test_methods_that_draw_get_the_seed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(discovery.METHODS, "edge-pruning", drawn)
     run_bench(tmp_path, circuits=["linear"], methods=["edge-pruning"], n_pairs=4, seeds=[5, 7], progress=False)
     assert got == [5, 7]
+
+
+def test_stability_is_of_what_the_truth_counts(tmp_path: Path) -> None:
+    names = ["eap", "hisp"]
+    table = run_bench(tmp_path, circuits=["interchange-sum"], methods=names, n_pairs=8, seeds=[0], progress=False).table
+    known = known_circuits.build("interchange-sum", n_pairs=8)
+    assert known.components
+    for name, row in table.set_index("method").iterrows():
+        circuit = discovery.attribute(known.model, known.pairs, method=str(name))
+        n = discovery.edge_accuracy(circuit, known.active, components=True).n_true
+        assert row["n_judged"] == n < len(known.active)
+        assert row["stability"] == discovery.stability(circuit.merged(), n).jaccard
+    assert table["seed_stability"].isna().all()
+
+
+def test_stability_over_seeds_is_of_methods_without_scores_per_pair_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drawn(model: object, pairs: object, *, seed: int = 0) -> discovery.Circuit:
+        circuit = discovery.eap(model, pairs)
+        scores = torch.rand(circuit.graph.n_edges, generator=torch.Generator().manual_seed(seed))
+        return discovery.Circuit(circuit.graph, scores, circuit.kept, "drawn", "m", signed=False)
+
+    monkeypatch.setitem(discovery.METHODS, "edge-pruning", drawn)
+    options = {"circuits": ["linear"], "methods": ["edge-pruning"], "n_pairs": 4, "progress": False}
+    table = run_bench(tmp_path, seeds=[0, 1, 2], **options).table
+    tops = []
+    for seed in (0, 1, 2):
+        known = known_circuits.build("linear", n_pairs=4, seed=seed)
+        tops.append(drawn(known.model, known.pairs, seed=seed).top(int(table["n_judged"].min())).kept)
+    shares = [
+        float((a & b).sum() / (a | b).sum()) for a, b in ((tops[0], tops[1]), (tops[0], tops[2]), (tops[1], tops[2]))
+    ]
+    assert table["seed_stability"].tolist() == pytest.approx([sum(shares) / 3] * 3) and "stability" not in table
+    # the best edges are stored: another start computes nothing, and a single seed has nothing to compare
+    monkeypatch.setattr(known_circuits, "build", None)
+    assert run_bench(tmp_path, seeds=[0, 1, 2], **options).table["seed_stability"].tolist() == pytest.approx(
+        table["seed_stability"].tolist()
+    )
+    assert run_bench(tmp_path, seeds=[1], **options).table["seed_stability"].isna().all()
+
+
+def test_all_methods_are_compared_under_the_same_ablation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[str] = []
+
+    def sampled(model: object, pairs: object, *, ablation: str = "optimal", seed: int = 0) -> discovery.Circuit:
+        got.append(ablation)
+        return discovery.eap(model, pairs)
+
+    monkeypatch.setitem(discovery.METHODS, "uniform-gradient-sampling", sampled)
+    names = ["uniform-gradient-sampling", "uniform-gradient-sampling+optimal"]
+    table = run_bench(tmp_path, circuits=["linear"], methods=names, n_pairs=4, seeds=[0], progress=False).table
+    assert got == ["corrupt", "optimal"] and table["method"].tolist() == names
+    others = {name: inspect.signature(f).parameters.get("ablation") for name, f in discovery.METHODS.items()}
+    assert all(p is None or p.default == "corrupt" for name, p in others.items() if name not in names)

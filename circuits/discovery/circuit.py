@@ -147,7 +147,8 @@ class Circuit:
         """Return the circuit between whole components, in which a head's q, k and v (and an MLP's neurons) are one.
 
         A merged edge's score is the sum of its edges', which is what ablating them together does to first order (of
-        scores that are not ``signed``, the largest of them); it is kept if one of them is.
+        scores that are not ``signed``, the largest of them, of every pair where each has its own); it is kept if one of
+        them is.
         """
         graph = self.graph.merged()
         names = dict(zip(self.graph.readers, self.graph.feeds, strict=True))
@@ -158,19 +159,17 @@ class Circuit:
         ]
         part, whole = torch.tensor(pairs, device=self.scores.device).T
         zeros = self.scores.new_zeros(graph.n_edges)
-        sums = self.signed and self.per_example is not None
-        return replace(
-            self,
-            graph=graph,
-            scores=zeros.index_add(0, whole, self.scores[part])
-            if self.signed
-            else zeros.scatter_reduce(0, whole, self.scores[part], "amax"),
-            kept=zeros.index_add(0, whole, self.kept[part].to(zeros)) > 0,
-            per_example=zeros.expand(len(self.per_example), -1).index_add(1, whole, self.per_example[:, part])
-            if sums and self.per_example is not None
-            else None,
-            by_position=None,
-        )
+
+        def joined(values: Float[Tensor, "*pair edge"]) -> Float[Tensor, "*pair merged"]:
+            empty = zeros.expand(*values.shape[:-1], -1)
+            if self.signed:
+                return empty.index_add(-1, whole, values[..., part])
+            return empty.scatter_reduce(-1, whole.expand(*values.shape[:-1], -1), values[..., part], "amax")
+
+        per_example = None if self.per_example is None else joined(self.per_example)
+        scores = joined(self.scores) if self.signed or per_example is None else per_example.mean(0)
+        kept = zeros.index_add(0, whole, self.kept[part].to(zeros)) > 0
+        return replace(self, graph=graph, scores=scores, kept=kept, per_example=per_example, by_position=None)
 
     def interval(
         self, *, level: float = 0.95, seed: int = 0, resamples: int = 1000

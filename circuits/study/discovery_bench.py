@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from circuits.errors import BadInput, CircuitsError, CorruptRun, UnknownName
 from circuits.reference import known_circuits
 from circuits.reference.known_circuits import KNOWN_CIRCUITS, KnownCircuit
 
-FORMAT = 4
+FORMAT = 5
 N_PAIRS = 64
 SEEDS = (0, 1, 2)
 HELD_OUT = 1000
@@ -32,6 +33,8 @@ SPARE = 4
 TRUTHS = ("program", "active")
 RULED = ("eap+gim", "eap+relp")
 """Methods that are run under gradient rules too, as METHOD+RULES."""
+ABLATED = {"uniform-gradient-sampling": "corrupt", "uniform-gradient-sampling+optimal": "optimal"}
+"""What ablated edges carry where that is not the method's default: all are compared under the same ablation."""
 MAIN = "active_precision"
 SHOWN = {
     "active_auroc": "AUROC, active",
@@ -41,6 +44,7 @@ SHOWN = {
     "cpr": "CPR",
     "cmd": "CMD",
     "stability": "stability",
+    "seed_stability": "stability over seeds",
     "forwards": "cost (forwards)",
     "seconds": "cost (CPU s)",
 }
@@ -155,8 +159,9 @@ def run_bench(
     Args:
         out: Directory for ``discovery.parquet``, ``discovery.csv`` and a file per circuit, method and seed.
         circuits: Names of ``KNOWN_CIRCUITS``; None: all.
-        methods: Names of ``METHODS``, with ``+gim`` or ``+relp`` under those gradient rules; None: all with their
-            defaults, and ``eap`` under either rules.
+        methods: Names of ``METHODS``, with ``+gim`` or ``+relp`` under those gradient rules; None: all, ``eap`` under
+            either rules, and ``uniform-gradient-sampling+optimal``, which ablates as its paper does: without the suffix
+            it is compared under ``corrupt`` ablation, as all the others.
         n_pairs: Pairs that a method sees; as many others are kept for CPR and CMD.
         seeds: Of the pairs, and of the methods that draw; each is a row.
         progress: Whether to show a bar.
@@ -171,16 +176,18 @@ def run_bench(
     """
     known = _chosen("known circuit", circuits, KNOWN_CIRCUITS)
     ruled = [f"{name}+{rules}" for name in discovery.METHODS if "rules" in _options(name) for rules in discovery.RULES]
-    chosen = _chosen("discovery method", methods, [*discovery.METHODS, *ruled])
+    chosen = _chosen(
+        "discovery method", methods, [*discovery.METHODS, *ruled, *(set(ABLATED) - set(discovery.METHODS))]
+    )
     if methods is None:
-        chosen = [*discovery.METHODS, *RULED]
+        chosen = list(dict.fromkeys([*discovery.METHODS, *RULED, *ABLATED]))
     if n_pairs < 2:
         raise BadInput(f"n_pairs = {n_pairs}: expected at least 2")
     if not seeds or len(set(seeds)) < len(seeds):
         raise BadInput(f"seeds = {list(seeds)}: expected at least one, each once")
     folder = make_directory(out)
     cells = make_directory(folder / "cells")
-    rows: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     with tqdm(total=len(known) * len(seeds) * len(chosen), desc="bench", unit="cell", disable=not progress) as bar:
         for name, seed in itertools.product(known, seeds):
             truth: KnownCircuit | None = None
@@ -188,14 +195,15 @@ def run_bench(
                 bar.set_postfix_str(f"{name}, {method}, seed {seed}")
                 request = {"format": FORMAT, "circuit": name, "method": method, "n_pairs": n_pairs, "seed": seed}
                 path = cells / f"{name}--{method}--{seed}.json"
-                row = _stored(path, request)
-                if row is None:
+                cell = _stored(path, request)
+                if cell is None:
                     truth = truth or known_circuits.build(name, n_pairs=n_pairs, seed=seed)
-                    row = _row(truth, method, seed)
-                    write_json(path, {"request": request, "row": row})
-                rows.append(row)
+                    row, top = _row(truth, method, seed)
+                    cell = {"request": request, "row": row, "top": top}
+                    write_json(path, cell)
+                found.append(cell)
                 bar.update()
-    return DiscoveryBench(_written(rows, folder), folder)
+    return DiscoveryBench(_written(_with_seed_stability(found), folder), folder)
 
 
 def _chosen(kind: str, names: Collection[str] | None, table: Collection[str]) -> list[str]:
@@ -218,15 +226,35 @@ def _options(method: str) -> Collection[str]:
 
 
 def _stored(path: Path, request: dict[str, Any]) -> dict[str, Any] | None:
-    """The row of an earlier run with the same request; None where there is none."""
+    """The cell of an earlier run with the same request; None where there is none."""
     try:
         stored = read_json(path)
     except CorruptRun:
         return None
     if not isinstance(stored, dict) or stored.get("request") != request:
         return None
-    row: dict[str, Any] = stored["row"]
-    return row
+    return stored
+
+
+def _with_seed_stability(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each with how much the best edges of its circuit and method share between seeds."""
+    tops: dict[tuple[str, str], list[list[str]]] = {}
+    for cell in cells:
+        if cell["top"]:
+            tops.setdefault((cell["row"]["circuit"], cell["row"]["method"]), []).append(cell["top"])
+    shared = {key: _mean_jaccard(lists) for key, lists in tops.items()}
+    return [
+        cell["row"] | {"seed_stability": shared.get((cell["row"]["circuit"], cell["row"]["method"]), math.nan)}
+        for cell in cells
+    ]
+
+
+def _mean_jaccard(tops: Sequence[Sequence[str]]) -> float:
+    """The mean Jaccard similarity of any two sets of best edges, all of the smallest's size; not a number for one."""
+    n = min(map(len, tops))
+    sets = [set(top[:n]) for top in tops]
+    values = [len(a & b) / len(a | b) for a, b in itertools.combinations(sets, 2)]
+    return sum(values) / len(values) if values else math.nan
 
 
 def _written(rows: Sequence[dict[str, Any]], folder: Path) -> pd.DataFrame:
@@ -240,8 +268,8 @@ def _written(rows: Sequence[dict[str, Any]], folder: Path) -> pd.DataFrame:
     return table
 
 
-def _row(truth: KnownCircuit, method: str, seed: int) -> dict[str, Any]:
-    """Everything that is measured of one method on one known circuit."""
+def _row(truth: KnownCircuit, method: str, seed: int) -> tuple[dict[str, Any], list[str]]:
+    """Everything that is measured of one method on one known circuit, and its best edges, as many as are active."""
     n = len(truth.pairs)
     row: dict[str, Any] = {
         "circuit": truth.name,
@@ -255,35 +283,46 @@ def _row(truth: KnownCircuit, method: str, seed: int) -> dict[str, Any]:
         "n_active": len(truth.active),
     }
     if not truth.active:
-        return row | {"status": "no edge is active under these pairs"}
+        return row | {"status": "no edge is active under these pairs"}, []
     others = known_circuits.build(truth.name, n_pairs=SPARE * n, seed=seed + HELD_OUT).pairs.without(truth.pairs)
     others = others.take(torch.arange(min(n, len(others))))
     seen = {tuple(tokens) for tokens in truth.pairs.clean.tolist()}
     row["n_held_out"] = len(others)
     row["seen_inputs"] = sum(tuple(tokens) in seen for tokens in others.clean.tolist()) / max(1, len(others))
     if not len(others):
-        return row | {"status": "no pair is left that the methods did not see: lower n_pairs"}
-    name, _, rules = method.partition("+")
-    options = ({"seed": seed} if "seed" in _options(name) else {}) | ({"rules": rules} if rules else {})
+        return row | {"status": "no pair is left that the methods did not see: lower n_pairs"}, []
     try:
         start = time.process_time()
-        circuit = discovery.attribute(truth.model, truth.pairs, method=name, **options)
+        circuit = _attributed(truth, method, seed)
         row["seconds"] = time.process_time() - start
         row["forwards"] = row["seconds"] / _forward_seconds(truth)
         row |= _against_truth(circuit, truth, seed)
         curve = discovery.faithfulness(truth.model, circuit, others, seed=seed)
     except CircuitsError as error:
-        return row | {"status": str(error)}
+        return row | {"status": str(error)}, []
     for area in ("cpr", "cmd"):
         row[area] = getattr(curve, area)
         row[f"{area}_low"], row[f"{area}_high"] = getattr(curve, f"{area}_interval")
         row[f"{area}_random"] = getattr(curve, f"{area}_random")
-    if circuit.per_example is not None:
-        found = discovery.stability(circuit, len(truth.active), seed=seed)
+        row[f"{area}_at_control"] = getattr(curve, f"{area}_at_control")
+    judged = circuit.merged() if truth.components else circuit
+    if judged.per_example is not None:
+        found = discovery.stability(judged, row["n_judged"], seed=seed)
         row["stability"] = found.jaccard
         row["stability_low"], row["stability_high"] = found.interval
         row["stability_random"] = found.jaccard_random
-    return row
+    best = judged.ranking().tolist()[: row["n_judged"]]
+    return row, [" -> ".join(judged.graph.edges[i]) for i in best]
+
+
+def _attributed(truth: KnownCircuit, method: str, seed: int) -> Circuit:
+    name, _, suffix = method.partition("+")
+    options: dict[str, Any] = {"seed": seed} if "seed" in _options(name) else {}
+    if method in ABLATED:
+        options["ablation"] = ABLATED[method]
+    elif suffix:
+        options["rules"] = suffix
+    return discovery.attribute(truth.model, truth.pairs, method=name, **options)
 
 
 def _against_truth(circuit: Circuit, truth: KnownCircuit, seed: int) -> dict[str, Any]:
@@ -295,6 +334,8 @@ def _against_truth(circuit: Circuit, truth: KnownCircuit, seed: int) -> dict[str
         for key, span in (("auroc", found.auroc_interval), ("precision", found.average_precision_interval)):
             if span is not None:
                 out[f"{name}_{key}_low"], out[f"{name}_{key}_high"] = span
+        if name == "active":
+            out["n_judged"] = found.n_true
     return out
 
 

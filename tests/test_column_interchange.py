@@ -63,7 +63,17 @@ def test_heads_that_carry_everything_fail() -> None:
         swaps = draw_swaps(model, task, variable, column, seed=1)
         source = source_outputs(model, swaps)
         assert swapped_share(model, swaps, source, ((0, 0), (0, 1)), with_previous=True).mean() < 0.05
-        assert find_heads(model, task, variable, column, seed=0).all_heads < 0.05
+        assert find_heads(model, task, variable, column, seed=0).control < 0.05
+
+
+@pytest.mark.parametrize("reverse", [True, False])
+def test_a_column_s_own_part_moves_its_digits_and_the_rest_its_carry(reverse: bool) -> None:
+    model, task, _ = reference.build("digit-columns", seed=2, digits=3, reverse=reverse)
+    found = mechanisms.column_parts(model, task)
+    assert found.passed and found.value >= 0.95
+    assert found.control is not None and found.control <= 0.1
+    scrambled = Transformer(model.config, seed=3).eval()  # answers by chance
+    assert not mechanisms.column_parts(scrambled, task).passed
 
 
 def test_one_digit_has_no_inner_column() -> None:

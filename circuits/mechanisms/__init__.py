@@ -14,6 +14,7 @@ from circuits.mechanisms.accuracy import accuracy_gate, block_gap
 from circuits.mechanisms.carry_cascade import carry_cascade
 from circuits.mechanisms.circles import circularity, isolated_circles
 from circuits.mechanisms.clock_pizza import clock_or_pizza
+from circuits.mechanisms.column_parts import column_parts
 from circuits.mechanisms.columns import column_interchange
 from circuits.mechanisms.das import das, das_available
 from circuits.mechanisms.description_length import description_length
@@ -69,6 +70,7 @@ TESTS: dict[str, Callable[..., Evidence]] = {
     "digit-neurons": digit_neurons,
     "column-interchange": column_interchange,
     "carry-cascade": carry_cascade,
+    "column-parts": column_parts,
 }
 
 DECIDING = (
@@ -122,6 +124,7 @@ __all__ = [
     "circularity",
     "clock_or_pizza",
     "column_interchange",
+    "column_parts",
     "das",
     "decide",
     "declare",
@@ -166,7 +169,7 @@ def applicable(task: Task, *, budget: str = "full") -> tuple[str, ...]:
         digits = () if task.period else DIGITS
         return ("accuracy-gate", "block-gap", *DECIDING, *digits, *more)
     if any(change.startswith("carry into column") for change in getattr(task, "pair_changes", ())):
-        return ("accuracy-gate", "block-gap", "column-interchange", "carry-cascade")
+        return ("accuracy-gate", "block-gap", "column-interchange", "carry-cascade", "column-parts")
     return ("accuracy-gate", "block-gap")
 
 

@@ -136,12 +136,11 @@ def error_signature(model: Any, task: Any, *, seed: int, n: int = DRAWN) -> dict
 
 def draw_right_swaps(
     model: Any, task: Any, variable: Variable, column: int, *, seed: int, nines: bool = False, source_right: bool = True
-) -> tuple[Swaps, Int[Tensor, " rows"]]:
-    """Return unrelated base and source sums whose swap of a variable calls for a third digit, and the source's state.
+) -> tuple[Swaps, Int[Tensor, "rows 2"], Int[Tensor, "rows 2"]]:
+    """Return unrelated base and source sums whose swap of a variable calls for a third digit, and their operands.
 
     The base's digit is answered rightly, and the source's unless ``source_right`` is false: where the source's is wrong
-    the network has no right carry to give. The state is that of the source's column below: 0 for a sum of at most 8,
-    1 for 9, 2 for 10 or more (the sub-task ST).
+    the network has no right carry to give.
     """
     generator = torch.Generator().manual_seed(seed)
     base, source = (draw_operands(task.digits, 2 * DRAWN, generator=generator, nines=nines) for _ in range(2))
@@ -156,12 +155,16 @@ def draw_right_swaps(
         right &= _digit_right(model, given, position)
     chosen = right.nonzero().flatten()[:PAIRS]
     tokens = torch.tensor([task.vocabulary.index(str(d)) for d in range(10)])
-    below = (source[chosen] // (unit // 10) % 10).sum(1)
-    state = (below >= 9).long() + (below >= 10).long()
     device = device_of(model)
     inputs = (clean.inputs[chosen], given.inputs[chosen], tokens[digit[chosen]])
     swapped, sources, predicted = (t.to(device) for t in inputs)
-    return Swaps(swapped, sources, position, predicted), state
+    return Swaps(swapped, sources, position, predicted), base[chosen], source[chosen]
+
+
+def state_below(source: Int[Tensor, "rows 2"], column: int) -> Int[Tensor, " rows"]:
+    """The state of the column below: 0 for a sum of at most 8, 1 for 9, 2 for 10 or more (the sub-task ST)."""
+    below = (source // 10 ** (column - 1) % 10).sum(1)
+    return (below >= 9).long() + (below >= 10).long()
 
 
 def _digit_right(model: Any, batch: Batch, position: int) -> Tensor:
@@ -178,7 +181,10 @@ def carry_by_state(model: Any, task: Any, found: list[tuple[Found, Variable, int
     """
     holds, states = [], []
     for heads, variable, column in found:
-        swaps, state = draw_right_swaps(model, task, variable, column, seed=seed + 1, nines=True, source_right=False)
+        swaps, _, source = draw_right_swaps(
+            model, task, variable, column, seed=seed + 1, nines=True, source_right=False
+        )
+        state = state_below(source, column)
         if heads.heads and len(swaps.predicted):
             reverse = bool(getattr(task, "reverse", False))
             outputs = source_outputs(model, swaps)
@@ -224,7 +230,7 @@ def carry_cascade(model: Any, task: Task, *, seed: int = 0) -> Evidence:
         raise BadInput(f"{task.name} has no digit columns; the carry cascade needs a digit-token addition task")
     found = []
     for variable, column in inner_variables(task):
-        swaps, _ = draw_right_swaps(model, task, variable, column, seed=seed)
+        swaps, _, _ = draw_right_swaps(model, task, variable, column, seed=seed)
         found.append((choose_heads(model, task, variable, swaps), variable, column))
     details = error_signature(model, task, seed=seed)
     if found:

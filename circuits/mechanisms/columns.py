@@ -47,7 +47,7 @@ class Found:
     heads: tuple[Head, ...]
     hold: int
     counted: int
-    all_heads: float
+    control: float
 
     @property
     def share(self) -> float:
@@ -191,27 +191,36 @@ def column_interchange(model: Any, task: Task, *, seed: int = 0) -> Evidence:
     return evidence_of("column-interchange", found, details, start)
 
 
-def evidence_of(test: str, found: Sequence[Found], details: Mapping[str, Any], start: float) -> Evidence:
+def evidence_of(
+    test: str,
+    found: Sequence[Found],
+    details: Mapping[str, Any],
+    start: float,
+    *,
+    control_name: str = "all heads swapped",
+) -> Evidence:
     """Return the evidence of the worst carry or base sum, with the heads of each in its details."""
     heads: dict[str, Any] = {}
     for f in found:
         key = f.variable.replace(" ", "_")
-        heads |= {key: f.share, f"{key}_heads": [f"L{layer}H{head}" for layer, head in f.heads]}
+        heads[key] = f.share
+        if f.heads:
+            heads[f"{key}_heads"] = [f"L{layer}H{head}" for layer, head in f.heads]
     value, interval, control, passed = float("nan"), (float("nan"), float("nan")), None, None
     if found and any(f.counted == 0 for f in found):
         heads["too_few_swaps"] = [f.variable for f in found if f.counted == 0]
     elif found:
         worst = min(found, key=lambda f: f.share)
         value, interval = worst.share, wilson_interval(worst.hold, worst.counted)
-        control = sum(f.all_heads for f in found) / len(found)
+        control = max(f.control for f in found)
         passed = worst.share >= 0.95 and control <= 0.1
     return Evidence(
         test=test,
         value=value,
         interval=interval,
         control=control,
-        control_name="all heads swapped",
-        threshold="every inner column's carry and digits >= 0.95, all heads <= 0.10",
+        control_name=control_name,
+        threshold=f"every inner column's carry and digits >= 0.95, {control_name} <= 0.10",
         passed=passed,
         details={**details, **heads},
         source="Quirke & Barez 2024, arXiv 2310.13121; Geiger et al. 2021, arXiv 2106.02997",

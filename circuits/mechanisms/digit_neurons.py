@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from circuits._stats import wilson_interval
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.interchange import digit_bases, operand_embedding
-from circuits.mechanisms.operand_parts import digit_swapped
+from circuits.mechanisms.operand_parts import digit_swapped, two_way
 from circuits.mechanisms.readings import Readings, answer_logits, decisive_layers, read
 from circuits.tasks.base import Task
 
 SWAPS = 1000
-ROUNDS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,24 +48,6 @@ def written(names: Int[Tensor, " n"], base: int) -> Written:
     values = torch.empty_like(names)
     values[names] = torch.arange(len(names))
     return Written(names, values, base)
-
-
-def two_way(
-    states: Float[Tensor, "rows d"], first: Int[Tensor, " rows"], second: Int[Tensor, " rows"]
-) -> tuple[Float[Tensor, "k d"], Float[Tensor, "m d"]]:
-    """Least squares of a sum of one vector for each class of two classifications, by turns.
-
-    Source: backfitting: Buja, Hastie & Tibshirani 1989, Annals of Statistics 17 (2).
-    """
-    rest = states - states.mean(0)
-    sums = [torch.zeros(int(of.max()) + 1, states.shape[1]).to(states) for of in (first, second)]
-    counts = [torch.bincount(of).clamp_min(1)[:, None].to(states) for of in (first, second)]
-    for _ in range(ROUNDS):
-        for i, of in enumerate((first, second)):
-            step = torch.zeros_like(sums[i]).index_add_(0, of, rest) / counts[i]
-            sums[i] += step
-            rest = rest - step[of]
-    return sums[0], sums[1]
 
 
 @dataclass(frozen=True, eq=False)

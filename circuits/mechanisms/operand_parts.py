@@ -9,6 +9,9 @@ from torch import Tensor
 from circuits.mechanisms.readings import angle
 from circuits.tasks.base import Variable
 
+ROUNDS = 8
+"""Of backfitting: the classes cross nearly evenly, so that a few do."""
+
 
 def orthonormal(columns: Float[Tensor, "d k"]) -> Float[Tensor, "d r"]:
     """Orthonormal basis of the span of some columns."""
@@ -115,3 +118,21 @@ def random_part(states: Float[Tensor, "n d"], rank: int, seed: int) -> Float[Ten
     """The part of states that some random functions of the value explain."""
     generator = torch.Generator().manual_seed(seed)
     return part_of(states, torch.randn(len(states), min(rank, len(states) - 1), generator=generator).to(states))
+
+
+def two_way(
+    states: Float[Tensor, "rows d"], first: Int[Tensor, " rows"], second: Int[Tensor, " rows"]
+) -> tuple[Float[Tensor, "k d"], Float[Tensor, "m d"]]:
+    """Least squares of a sum of one vector for each class of two classifications, by turns.
+
+    Source: backfitting: Buja, Hastie & Tibshirani 1989, Annals of Statistics 17 (2).
+    """
+    rest = states - states.mean(0)
+    sums = [torch.zeros(int(of.max()) + 1, states.shape[1]).to(states) for of in (first, second)]
+    counts = [torch.bincount(of).clamp_min(1)[:, None].to(states) for of in (first, second)]
+    for _ in range(ROUNDS):
+        for i, of in enumerate((first, second)):
+            step = torch.zeros_like(sums[i]).index_add_(0, of, rest) / counts[i]
+            sums[i] += step
+            rest = rest - step[of]
+    return sums[0], sums[1]

@@ -6,6 +6,15 @@ from dataclasses import asdict, dataclass
 
 from circuits.mechanisms.evidence import Evidence, Verdict
 from circuits.mechanisms.testimony import testimony
+from circuits.mechanisms.wording import (
+    against,
+    against_ranges,
+    agreement,
+    column_words,
+    pair_words,
+    range_words,
+    result_words,
+)
 
 VERSION = "arithmetic-6"
 
@@ -91,16 +100,16 @@ def decide(items: tuple[Evidence, ...], rule: Thresholds = RULE) -> Verdict:
         return verdict(*named)
     if not learned(gate, rule):
         return verdict("not-learned", None, unknown)
-    against = f"{_against(candidates)}{_against_ranges(by)}"
+    opposed = f"{against(candidates)}{against_ranges(by)}"
     if unseen < rule.generalises:
         return verdict(
-            "undetermined", None, f"{right}: more than a list of pairs, less than a rule. {against}".rstrip()
+            "undetermined", None, f"{right}: more than a list of pairs, less than a rule. {opposed}".rstrip()
         )
     signs = _heuristic_signs(by, rule)
     if len(signs) >= 2:
         return verdict("heuristics", None, f"No candidate algorithm passes, and {' and '.join(signs)}.")
     seen = f" One sign of heuristics: {signs[0]}." if signs else ""
-    return verdict("undetermined", None, f"Generalises, but no candidate explains how. {against}{seen}")
+    return verdict("undetermined", None, f"Generalises, but no candidate explains how. {opposed}{seen}")
 
 
 def _memorised(gate: Evidence, rule: Thresholds) -> bool:
@@ -124,7 +133,7 @@ def _memorisation(
         "memorisation",
         "pairs",
         f"Right on {train:.0%} of the training pairs but on only {unmirrored:.0%} of unseen ones{mirror}: "
-        f"what was learned is the list of training pairs. {_against(candidates)}",
+        f"what was learned is the list of training pairs. {against(candidates)}",
     )
 
 
@@ -150,8 +159,8 @@ def _named(
     if part is not None:
         return ("mixed", *part)
     if "pair-lookup" in others:
-        return "memorisation", "pairs", _pair_words(by["pair-lookup"])
-    for name, words in (("rectangles", _range_words), ("result-heuristics", _result_words)):
+        return "memorisation", "pairs", pair_words(by["pair-lookup"])
+    for name, words in (("rectangles", range_words), ("result-heuristics", result_words)):
         if name in others or (name == "rectangles" and name in by and _many_ranges(by[name], rule)):
             return "heuristics", HEURISTICS[name], words(by[name])
     return None
@@ -175,8 +184,8 @@ def _algorithm(
         return "mixed", name, f"{words}; yet {unseen:.0%} of unseen pairs are right, {train:.0%} of training pairs."
     # few pairs in the block make for a wide interval: what speaks against an algorithm is a gap that they show
     if gap is None or not gap.interval[0] > rule.block_algorithm or _only_cascades_fail(by, rule):
-        return "algorithm", name, f"{words}; {_agreement(gap, slices)}."
-    return "mixed", name, f"{words}, but {_agreement(gap, slices)}: the algorithm does not hold everywhere."
+        return "algorithm", name, f"{words}; {agreement(gap, slices)}."
+    return "mixed", name, f"{words}, but {agreement(gap, slices)}: the algorithm does not hold everywhere."
 
 
 def worth_explaining(gate: Evidence, rule: Thresholds = RULE) -> bool:
@@ -241,14 +250,6 @@ def _overruled(by: dict[str, Evidence], rule: Thresholds) -> tuple[str, str] | N
     )
 
 
-def _pair_words(pairs: Evidence) -> str:
-    return (
-        f"{pairs.details.get('n_pair_neurons')} neurons each fire on one pair of operands alone, and without those "
-        f"that know its pair {pairs.value:.0%} of the right answers are lost (neurons of another pair: "
-        f"{pairs.control or 0:.0%}): a list of pairs, of unseen ones too."
-    )
-
-
 def _swap_control(swap: Evidence, rule: Thresholds) -> bool:
     """Whether a swap of frequencies is about the frequencies, and not about so many dimensions.
 
@@ -276,13 +277,20 @@ def _spectrum_agrees(form: Evidence, spectrum: Evidence, rule: Thresholds) -> bo
 def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bool, str]:
     """Whether a candidate algorithm passes all its tests, and the sentence that says by what."""
     if name == "columns" and "column-interchange" in by:
-        e = by["column-interchange"]
+        e, parts = by["column-interchange"], by.get("column-parts")
         if "carry-cascade" in by and by["carry-cascade"].passed:
-            return True, _column_words(by["carry-cascade"])
-        return e.value >= rule.column_interchange and (e.control or 0) <= rule.interchange_control, (
+            return True, column_words(by["carry-cascade"])
+        heads = e.value >= rule.column_interchange and (e.control or 0) <= rule.interchange_control
+        words = (
             f"swapping the carry, or the digits, of one column alone through some attention heads gives the digit that "
             f"the column algorithm predicts in at least {e.value:.0%} of cases for every inner column (all heads "
             f"{e.control or 0:.0%})"
+        )
+        if heads or parts is None or parts.value != parts.value:
+            return heads, words
+        return parts.value >= rule.column_interchange and (parts.control or 0) <= rule.interchange_control, (
+            f"{words}; swapping the part of all heads' outputs that a column's own digits set, or the rest, does in at "
+            f"least {parts.value:.0%} (parts fitted to other sums {parts.control or 0:.0%})"
         )
     if not {"spectral", "functional-form", "interchange"} <= set(by):
         return False, f"{name} was not tested"
@@ -327,49 +335,6 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
     )
 
 
-def _column_words(columns: Evidence) -> str:
-    d = columns.details
-    cascades = d.get("by_cascade", [])
-    shares = ", ".join(f"{row[1]:.0%}" for row in cascades)
-    missing = (
-        f"columns without the cascade: a carry gets through at most {d.get('reach')} columns that sum to nine"
-        if d.get("cascade") == "missing"
-        else f"columns with the cascade: a carry gets through {d.get('reach')} columns that sum to nine"
-    )
-    return (
-        f"{missing} (of sums rich in nines {shares} are right where the longest cascade is 0 to {len(cascades) - 1}; "
-        f"by size of the sum accuracy differs by {d.get('size_drop', 0):.0%}), and swapping the carry, or the digits, "
-        f"of one column alone through some attention heads gives the digit that the column algorithm predicts in at "
-        f"least "
-        f"{columns.value:.1%} of cases for every inner column (all heads {columns.control or 0:.0%})"
-    )
-
-
-def _against(candidates: dict[str, tuple[bool, str]]) -> str:
-    tested = [words for passes, words in candidates.values() if not passes and "not tested" not in words]
-    return f"Against an algorithm: {tested[0]}." if tested else ""
-
-
-def _against_ranges(by: dict[str, Evidence]) -> str:
-    shapes = by.get("rectangles")
-    if shapes is None or shapes.value != shapes.value or shapes.passed:
-        return ""
-    return f" Against ranges of the operands: {shapes.value:.0%} of neuron importance is in neurons that match one."
-
-
-def _agreement(gap: Evidence | None, slices: Evidence | None) -> str:
-    words = []
-    if gap is not None and gap.value == gap.value:
-        words.append(
-            f"accuracy is {gap.number('block'):.0%} on the held-out block against {gap.number('random'):.0%} on random "
-            "unseen pairs"
-        )
-    if slices is not None:
-        undecided = " (not decisive)" if slices.passed is None else ""
-        words.append(f"neurons that suffice for one slice of inputs do {slices.value:.0%} as well on others{undecided}")
-    return " and ".join(words) or "no block or slices were tested"
-
-
 def _many_ranges(shapes: Evidence, rule: Thresholds) -> bool:
     """Whether nearly all of the neurons looked at match ranges, where there are too many to remove them all.
 
@@ -381,27 +346,6 @@ def _many_ranges(shapes: Evidence, rule: Thresholds) -> bool:
         and (shapes.control or 0) <= rule.range_renamed
         and idealised >= shapes.number("accuracy") - rule.range_idealised
         and ablated <= shapes.number("accuracy") - rule.range_loss
-    )
-
-
-def _range_words(shapes: Evidence) -> str:
-    d = shapes.details
-    return (
-        f"{shapes.value:.0%} of neuron importance is in neurons that fire on one range of each operand "
-        f"(renamed operands {shapes.control or 0:.0%}); replacing them by exact two-level rectangles keeps accuracy at "
-        f"{d.get('idealised', float('nan')):.0%}, removing them leaves {d.get('ablated', float('nan')):.0%}; "
-        f"{d.get('edge_share', 0):.0%} of their edges (drawn at random {d.get('edge_chance', 0):.0%}) lie on a grid of "
-        f"width {d.get('edge_width')} at offset "
-        f"{d.get('edge_offset')}."
-    )
-
-
-def _result_words(shapes: Evidence) -> str:
-    d = shapes.details
-    return (
-        f"{shapes.value:.0%} of the neuron importance of layer {d.get('layer')} is in neurons that match a range or a "
-        f"residue of the result (renamed results {shapes.control or 0:.0%}); replacing them by two levels keeps "
-        f"accuracy at {d.get('idealised', 0):.0%}, removing them leaves {d.get('ablated', 0):.0%}."
     )
 
 

@@ -27,6 +27,7 @@ STANDS_FOR: dict[str, str | Callable[[Evidence], str | None]] = {
     "digit-neurons": "columns",
     "column-interchange": "columns",
     "carry-cascade": "columns",
+    "column-parts": "columns",
 }
 """The mechanism that passing a test speaks for, and that failing it speaks against."""
 ALGORITHMS = ("fourier", "number-line", "columns")

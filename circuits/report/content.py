@@ -235,6 +235,8 @@ def _section(
                 "glyph": VERDICT_GLYPHS[verdict.label],
                 "mechanism": verdict.mechanism,
                 "why": verdict.why,
+                "for": verdict.evidence_for,
+                "against": verdict.evidence_against,
                 "evidence": [_evidence(e) for e in verdict.items],
             }
         )

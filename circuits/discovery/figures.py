@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-import circuits._style  # noqa: F401  (registers the template)
+from circuits._style import BLUE, GREY, NAVY, RED  # which registers the template too
 from circuits.discovery.graph import Graph, component
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from circuits.discovery.completeness import Completeness
     from circuits.discovery.curves import Faithfulness
 
-SUPPORTS, OPPOSES, NEUTRAL = "#1f77b4", "#d1495b", "#7a7f87"
-RANKINGS = {"signed": ("ranked by signed score (CPR)", SUPPORTS), "absolute": ("ranked by size (CMD)", "#e08e1b")}
+SUPPORTS, OPPOSES, NEUTRAL = BLUE, RED, GREY
+RANKINGS = {"signed": ("ranked by signed score (CPR)", SUPPORTS), "absolute": ("ranked by size (CMD)", NAVY)}
 DASH = {"q": "dot", "k": "dash", "v": "solid"}
 PORT = {"q": -0.07, "k": 0.0, "v": 0.07}
 """Queries enter a head at its left, keys in the middle, values at its right, so that their lines do not coincide."""

@@ -18,7 +18,6 @@ from circuits.errors import CorruptRun
 from circuits.mechanisms import TESTS, VERSION, Evidence, rule_table
 from circuits.plots import fourier_figure, neuron_figure, training_figure
 from circuits.report.provenance import circuits_by, counted, made_with, reasons
-from circuits.report.theme import in_house_colours
 from circuits.study import tables
 from circuits.study.analyse import MATCHED, Analysis
 from circuits.study.study import Study
@@ -50,7 +49,7 @@ class Figures:
         """Keep a figure and return what the template needs to place it."""
         figure.update_layout(height=height, autosize=True, width=None)
         number = f"figure-{len(self.items)}"
-        text = in_house_colours(figure.to_json())
+        text = figure.to_json()
         # no tag can close the script element early
         text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
         self.items.append({"id": number, "json": text})

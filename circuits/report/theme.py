@@ -1,12 +1,8 @@
-"""Colours of the pages: the house style as CSS, and as what a figure is drawn in."""
+"""Colours of the pages: the house style as CSS."""
 
 from __future__ import annotations
 
-from circuits._style import BLUE, GREY, NAVY, ON_DARK, PAGES, RED, VERDICT_COLOURS
-from circuits.discovery.figures import NEUTRAL, OPPOSES, RANKINGS, SUPPORTS
-
-HOUSE = {SUPPORTS: BLUE, OPPOSES: RED, NEUTRAL: GREY, RANKINGS["absolute"][1]: NAVY}
-"""What stands on a page for the colours of circuits: those are drawn for white paper, and one is too light for it."""
+from circuits._style import ON_DARK, PAGES, VERDICT_COLOURS
 
 
 def css() -> str:
@@ -27,10 +23,3 @@ def css() -> str:
         f"@media (prefers-color-scheme: dark) {{ :root:not([data-theme=light]) {{ {dark} }} }}\n"
         f":root[data-theme=dark] {{ {dark} }}\n"
     )
-
-
-def in_house_colours(figure: str) -> str:
-    """Return a figure's JSON with every colour one of the house's."""
-    for theirs, ours in HOUSE.items():
-        figure = figure.replace(f'"{theirs}"', f'"{ours}"')
-    return figure

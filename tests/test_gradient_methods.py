@@ -191,3 +191,8 @@ def test_metrics_without_gradient_are_refused_by_name() -> None:
             discovery.attribute(build(), some_pairs(), method=method, metric=flat)
         with pytest.raises(BadInput, match="constant does not depend on the logits"):
             discovery.attribute(build(), some_pairs(), method=method, metric=constant)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_is_a_file_of_its_name(name: str) -> None:
+    assert METHODS[name].__module__ == f"circuits.discovery.{name.replace('-', '_')}"

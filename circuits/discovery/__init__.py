@@ -30,7 +30,8 @@ from circuits.discovery.graph import Graph
 from circuits.discovery.hisp import hisp
 from circuits.discovery.hypothesis_tests import CircuitTests, HypothesisTest, hypothesis_tests
 from circuits.discovery.information_flow_routes import information_flow_routes
-from circuits.discovery.mask_ig import mask_gradient, mask_ig
+from circuits.discovery.mask_gradient import mask_gradient
+from circuits.discovery.mask_ig import mask_ig
 from circuits.discovery.metrics import kl_divergence, log_probability, logit_difference, squared_error
 from circuits.discovery.mib import load_mib, save_mib
 from circuits.discovery.nodes import node_attribution

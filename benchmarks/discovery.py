@@ -8,9 +8,10 @@ take turns; what is reported is the median, over turns, of CPU time and of its r
 and what the first run added to the process's memory (``rss_mb``). glibc is told to keep freed memory: otherwise page
 faults are what is measured.
 
-``--growth`` adds models of 4, 8 and 16 layers at a fixed batch: time and memory per edge, and how memory budgets are
-kept. ``--peer`` runs auto-circuit on the same weights and pairs, in an environment of its own whose Python is given
-(``peer_auto_circuit.py`` says how to make one), and prints the ratios.
+``--growth`` adds models of 4, 8 and 16 layers at a fixed batch, 16 pairs for eap and 4 for exact: time and memory per
+edge, and how much of a memory budget is taken. ``--peer`` runs auto-circuit on the same weights and pairs, in an
+environment of its own whose Python is given (``peer_auto_circuit.py`` says how to make one), and gives the ratios: how
+many times as long it takes. ``--json`` prints rows and ratios.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -160,37 +162,39 @@ def resident() -> int:
 def growth_rows(n_layers: int) -> list[dict[str, object]]:
     """Time and memory per edge of a model of the width of M with more layers; run in a process of its own."""
     config = ModelConfig(128, 12, n_layers, 256, 8, act_fn="gelu", normalization="LN", init_std=0.15)
-    model, pairs = Transformer(config).eval(), pairs_of(16)
+    model, many, few = Transformer(config).eval(), pairs_of(16), pairs_of(4)
     n_edges = Graph.from_model(model).n_edges
-    with torch.no_grad():
-        model(pairs.clean)
-        forward = statistics.median(cpu_seconds(lambda: model(pairs.clean), 5) for _ in range(5))
     rows: list[dict[str, object]] = []
-    budget = 256 * 2**20
-    small = 64 * 2**20
-    runs: dict[str, Callable[[], object]] = {
-        "eap": lambda: eap(model, pairs),
-        "eap, budget 64 MB": lambda: eap(model, pairs, memory_budget=small),
-    }
-    if n_layers <= 8:
-        runs["exact"] = lambda: exact(model, pairs)
-        runs["exact, budget 256 MB"] = lambda: exact(model, pairs, memory_budget=budget)
-    for name, run in runs.items():
+    for method, pairs, run, budget in (
+        ("eap", many, eap, None),
+        ("eap", many, eap, 64 * 2**20),
+        ("exact", few, exact, None),
+        ("exact", few, exact, 256 * 2**20),
+    ):
+        forward = forward_seconds(model, pairs)
         with PeakMemory() as memory:
-            spent = cpu_seconds(run, 1)
+            spent = cpu_seconds(partial(run, model, pairs, memory_budget=budget), 1)
         rows.append(
             {
                 "size": f"{n_layers} layers",
-                "method": name,
+                "method": method if budget is None else f"{method}, budget {budget // 2**20} MB",
                 "edges": n_edges,
+                "pairs": len(pairs),
                 "forwards": round(spent / forward, 2),
                 "cpu_s": round(spent, 5),
                 "us_per_edge": round(1e6 * spent / n_edges, 1),
                 "rss_mb": round(memory.most / 2**20),
                 "kb_per_edge": round(memory.most / 1024 / n_edges, 1),
             }
+            | ({} if budget is None else {"of_budget": round(memory.most / budget, 2)})
         )
     return rows
+
+
+def forward_seconds(model: Transformer, pairs: Pairs) -> float:
+    with torch.no_grad():
+        model(pairs.clean)
+        return statistics.median(cpu_seconds(lambda: model(pairs.clean), 5) for _ in range(5))
 
 
 def in_a_process(arguments: list[str], heap: dict[str, str]) -> list[dict[str, object]]:
@@ -228,22 +232,30 @@ def main() -> None:
         # without the kept heap: memory that is given back must be seen to be
         found += [one for n_layers in (4, 8, 16) for one in in_a_process(["--growth-of", str(n_layers)], {})]
     if arguments.json:
-        print(json.dumps({"rows": found}))
+        print(json.dumps({"rows": found, "ratios": ratios(found)}))
     else:
         show(found)
 
 
+def ratios(found: list[dict[str, object]]) -> list[dict[str, object]]:
+    """How many times as long the peer takes, where it was run."""
+    spent = {(row["size"], row["method"]): float(str(row["cpu_s"])) for row in found}
+    return [
+        {"size": size, "method": method, "times": round(spent[size, f"auto-circuit {method}"] / ours, 2)}
+        for (size, method), ours in spent.items()
+        if (size, f"auto-circuit {method}") in spent
+    ]
+
+
+COLUMNS = ("edges", "pairs", "forwards", "cpu_s", "us_per_edge", "rss_mb", "kb_per_edge", "of_budget")
+
+
 def show(found: list[dict[str, object]]) -> None:
-    columns = ["size", "method", "edges", "forwards", "cpu_s", "us_per_edge", "rss_mb", "kb_per_edge"]
-    print(f"{columns[0]:10}{columns[1]:30}" + "".join(f"{name:>13}" for name in columns[2:]))
+    print(f"{'size':10}{'method':30}" + "".join(f"{name:>13}" for name in COLUMNS))
     for row in found:
-        cells = "".join(f"{row.get(name, '')!s:>13}" for name in columns[2:])
-        print(f"{row['size']:10}{row['method']:30}{cells}")
-    ours = {(row["size"], row["method"]): float(str(row["cpu_s"])) for row in found}
-    for (size, method), spent in ours.items():
-        peer = ours.get((size, f"auto-circuit {method}"))
-        if peer is not None:
-            print(f"{size}: auto-circuit takes {peer / spent:.2f} times as long for {method}")
+        print(f"{row['size']:10}{row['method']:30}" + "".join(f"{row.get(name, '')!s:>13}" for name in COLUMNS))
+    for ratio in ratios(found):
+        print(f"{ratio['size']}: auto-circuit takes {ratio['times']} times as long for {ratio['method']}")
 
 
 if __name__ == "__main__":

@@ -86,8 +86,9 @@ def test_untrained_digit_model_has_no_columns():
     assert mechanisms.explain(model, task, budget="quick").label == "not-learned"
 
 
-def test_readings_importance_is_gradient_times_deviation():
-    task = tasks.get("modular-addition", p=7)
+@pytest.mark.parametrize("p", [7, 71])  # 71: rows of more than one chunk
+def test_readings_importance_is_gradient_times_deviation(p):
+    task = tasks.get("modular-addition", p=p)
     model = Transformer(ModelConfig(d_vocab=task.d_vocab, n_ctx=3, d_model=8, d_mlp=5), seed=0)
     readings = mechanisms.read(model, task)
     # the direct path is linear without a norm: gradient of the centred right logit = W_out (W_U[:, y] - mean W_U)

@@ -20,6 +20,7 @@ SMALLEST = 5
 """Operand values below which splits of the table have too few rows for the tests."""
 MAX_ROWS = 16384
 """Beyond this many operand pairs a seeded sample of the square is read (N = 113 is read whole)."""
+FINAL_NORM = "ln_final"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,8 @@ class Readings:
     neurons: Float[Tensor, "rows n_neurons"]
     importance: Float[Tensor, " n_neurons"]
     layers: tuple[int, ...]
+    scales: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """What the norms before the MLPs, by ``norm_before``, and the last one, ``FINAL_NORM``, divide each row by."""
     remembered: dict[str, Any] = field(default_factory=dict, repr=False)
     """What tests have worked out of it that other tests need too."""
 
@@ -46,6 +49,34 @@ class Readings:
     def right(self) -> Bool[Tensor, " rows"]:
         """Rows that the model answers rightly."""
         return self.logits.argmax(-1) == self.labels
+
+    def before_norm(self, chosen: Int[Tensor, " k"]) -> Float[Tensor, "rows k"] | None:
+        """Some neurons, times what the norm before them divided by; None where no layer has such a norm.
+
+        A ReLU without a bias is as large as its input: times the scale it is what it would be without the norm, whose
+        scale is a function of both operands that the neuron has no part in.
+        """
+        layers = sorted(set(self.layers))
+        if not self.scales.keys() & {norm_before(layer) for layer in layers}:
+            return None
+        one = torch.ones_like(self.neurons[:, :1])
+        scales = torch.cat([self.scales.get(norm_before(layer), one) for layer in layers], dim=1)
+        of = torch.tensor([layers.index(layer) for layer in self.layers], device=chosen.device)
+        return self.neurons[:, chosen] * scales[:, of[chosen]]
+
+    def row_factors(self) -> dict[str, Float[Tensor, "rows 1"]]:
+        """Positive numbers that logits may be multiplied by, row by row, to undo norms: no answer changes by that.
+
+        ``none`` is 1; ``final`` the scale of the last norm; ``final and mlp`` that and the scale of the norm before the
+        last MLP, by which all that this MLP writes is divided.
+        """
+        factors = {"none": torch.ones_like(self.logits[:, :1])}
+        final, mlp = self.scales.get(FINAL_NORM), self.scales.get(norm_before(max(self.layers)))
+        if final is not None:
+            factors["final"] = final
+        if mlp is not None:
+            factors["final and mlp" if final is not None else "mlp"] = mlp if final is None else final * mlp
+        return {name: factor / factor.mean() for name, factor in factors.items()}
 
 
 def has_one_answer_token(task: Task) -> bool:
@@ -66,6 +97,25 @@ def hooked(model: Any, hooks: list[tuple[str, Callable[..., Any]]]) -> AbstractC
 def mlp_layers(model: Any) -> tuple[int, ...]:
     """Indices of the layers that have an MLP."""
     return tuple(i for i in range(model.cfg.n_layers) if f"blocks.{i}.mlp.hook_post" in model.hook_dict)
+
+
+def norm_before(layer: int) -> str:
+    """Name of the norm that a layer's MLP reads the residual stream through."""
+    return f"blocks.{layer}.ln2"
+
+
+def scale_hooks(model: Any, layers: tuple[int, ...]) -> dict[str, str]:
+    """The hook points of the scales of a model's norms, by the names that ``Readings.scales`` has; none without norms.
+
+    Source: TransformerLens names them so, and its bridges do: ``hook_scale`` is what the norm divides by. A block whose
+    attention and MLP run side by side may have one norm for both, ``ln1``.
+    """
+    found = {FINAL_NORM: f"{FINAL_NORM}.hook_scale"}
+    for layer in layers:
+        own, shared = f"{norm_before(layer)}.hook_scale", f"blocks.{layer}.ln1.hook_scale"
+        alone = own not in model.hook_dict and getattr(model.cfg, "parallel_attn_mlp", False)
+        found[norm_before(layer)] = shared if alone else own
+    return {name: hook for name, hook in found.items() if hook in model.hook_dict}
 
 
 def square(task: Task, *, seed: int = 0, limit: int = MAX_ROWS) -> Int[Tensor, "rows 2"]:
@@ -110,16 +160,23 @@ def read(model: Any, task: Task, *, seed: int = 0) -> Readings:
     tokens = task.encode(operands).inputs.to(device)
     answer_tokens = task.answer_tokens.to(device)
     labels = torch.searchsorted(task.answer_values, task.answer(operands)).to(device)
-    logits, neurons, importance = [], [], torch.zeros(0, device=device)
+    logits: list[Tensor] = []
+    posts: list[Tensor] = []
+    gradients: list[Tensor] = []
+    scales: list[dict[str, Tensor]] = []
     for chunk, chunk_labels in zip(tokens.split(4096), labels.split(4096), strict=True):
-        chunk_logits, posts, gradients = forward_backward(model, layers, chunk, answer_tokens, chunk_labels)
-        logits.append(chunk_logits)
-        neurons.append(posts)
-        part = (gradients * (posts - posts.mean(0))).abs().sum(0)
-        importance = importance + part if importance.numel() else part
-    stacked = torch.cat(logits)
+        divided: dict[str, Tensor] = {}
+        found = forward_backward(model, layers, chunk, answer_tokens, chunk_labels, divided)
+        for kept, part in zip((logits, posts, gradients), found, strict=True):
+            kept.append(part)
+        scales.append(divided)
+    stacked, neurons = torch.cat(logits), torch.cat(posts)
     if not torch.isfinite(stacked).all():
         raise CorruptRun("the model's logits are not finite (NaN or infinity): its weights are damaged")
+    # deviations are from the mean of all rows: a chunk of them is a band of the first operand
+    mean, importance = neurons.mean(0), torch.zeros_like(neurons[0])
+    for post, gradient in zip(posts, gradients, strict=True):
+        importance += (gradient * (post - mean)).abs().sum(0)
     widths = tuple(layer for layer, p in zip(layers, _widths(model, layers), strict=True) for _ in range(p))
     return Readings(
         operands.to(device),
@@ -127,9 +184,10 @@ def read(model: Any, task: Task, *, seed: int = 0) -> Readings:
         labels,
         split_of(task, operands).to(device),
         stacked,
-        torch.cat(neurons),
+        neurons,
         importance / len(operands),
         widths,
+        {name: torch.cat([divided[name] for divided in scales]) for name in scales[0]},
     )
 
 
@@ -138,9 +196,17 @@ def _widths(model: Any, layers: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def forward_backward(
-    model: Any, layers: tuple[int, ...], tokens: Tensor, answer_tokens: Tensor, labels: Tensor
+    model: Any,
+    layers: tuple[int, ...],
+    tokens: Tensor,
+    answer_tokens: Tensor,
+    labels: Tensor,
+    scales: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Answer logits, post-activations and the gradient of the right answer's centred logit, at the last position."""
+    """Answer logits, post-activations and the gradient of the right answer's centred logit, at the last position.
+
+    ``scales`` is given what the norms there divide by, by the names of ``norm_before`` and ``FINAL_NORM``.
+    """
     kept: dict[str, Tensor] = {}
 
     def keeper(name: str) -> Callable[..., Tensor]:
@@ -151,8 +217,18 @@ def forward_backward(
 
         return keep
 
+    def listener(name: str) -> Callable[..., None]:
+        def listen(scale: Tensor, hook: Any) -> None:
+            assert scales is not None
+            scales[name] = scale[:, -1].detach()
+
+        return listen
+
     names = [f"blocks.{i}.mlp.hook_post" for i in layers]
-    with torch.enable_grad(), hooked(model, [(name, keeper(name)) for name in names]):
+    hooks: list[tuple[str, Callable[..., Any]]] = [(name, keeper(name)) for name in names]
+    if scales is not None:
+        hooks += [(hook, listener(name)) for name, hook in scale_hooks(model, layers).items()]
+    with torch.enable_grad(), hooked(model, hooks):
         output = last_logits(model, tokens, cheap=True)
         if int(answer_tokens.max()) >= output.shape[-1]:
             raise BadInput(
@@ -282,9 +358,11 @@ class GroupTable:
     a: Int[Tensor, " rows"]
     b: Int[Tensor, " rows"]
     split: Int[Tensor, " rows"]
-    logits: Float[Tensor, "rows modulus"]
-    columns: Int[Tensor, " modulus"]
-    """Where each answer of the group, 0 to modulus - 1, stands in the task's ``answer_values``."""
+    logits: Float[Tensor, "rows columns"]
+    columns: Int[Tensor, " columns"]
+    """Where each answer of the group stands in the task's ``answer_values``, in the order of ``names``."""
+    names: Int[Tensor, " columns"]
+    """The answers of the group, ascending: 0 to modulus - 1, or those of a longer circle that the task has."""
     kept: Bool[Tensor, " all"]
     modulus: int
 
@@ -292,6 +370,11 @@ class GroupTable:
     def total(self) -> Int[Tensor, " rows"]:
         """The answer, a + b."""
         return (self.a + self.b) % self.modulus
+
+    @property
+    def answer(self) -> Int[Tensor, " rows"]:
+        """The column of the answer."""
+        return torch.searchsorted(self.names, self.total)
 
     @property
     def distance(self) -> Int[Tensor, " rows"]:
@@ -313,23 +396,26 @@ def group_operands(task: Task) -> Int[Tensor, " modulus"]:
     return values[kept][index[kept].argsort()]
 
 
-def group_table(task: Task, readings: Readings) -> GroupTable:
+def group_table(task: Task, readings: Readings, *, circle: int | None = None) -> GroupTable:
     """Return readings in the group's names, without the operands and answers that it has no name for.
+
+    ``circle`` is that of ``group_index``.
 
     Raises:
         BadInput: the operation has no group structure.
     """
-    renamed = group_index(task, readings.operands)
+    renamed = group_index(task, readings.operands, circle=circle)
     if renamed is None:
         raise BadInput(f"{task.name} has no renaming of its operands under which the answer is their sum")
     a, b, kept, modulus = renamed
     answers = task.answer_values.to(a.device)
     names = answers % modulus
     columns = torch.arange(len(answers), device=a.device)
-    if len(answers) != modulus:  # multiplication: zero has no logarithm
+    if getattr(task, "operation", None) == "*":  # zero has no logarithm
         columns = columns[answers > 0]
         names = discrete_logarithm(modulus + 1).to(a.device)[answers[columns]]
-    columns = columns[names.argsort()]
+    order = names.argsort()
+    names, columns = names[order], columns[order]
     return GroupTable(
         readings.tokens[kept],
         readings.operands[kept],
@@ -338,6 +424,7 @@ def group_table(task: Task, readings: Readings) -> GroupTable:
         readings.split[kept],
         readings.logits[kept][:, columns],
         columns,
+        names,
         kept,
         modulus,
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from circuits._layers import EPS
 from circuits.model import Transformer
 from circuits.reference import Reference, build
 from circuits.reference.fourier_pizza import GAIN, circles
@@ -190,10 +192,119 @@ def line_below(cut: int = 15, n: int = 22) -> Reference:
     return Reference(wire(task, mechanism, generator=torch.Generator().manual_seed(0)), task, "mixed/number-line")
 
 
+def products(frequencies: Tensor, phases: int, generator: torch.Generator) -> Neurons:
+    """The neurons of the clock algorithm, for features cos and sin of each frequency of a and then of b."""
+    first = 2 * math.pi * torch.rand(2, len(frequencies), generator=generator, dtype=DOUBLE)
+    steps = 2 * math.pi / phases * torch.cartesian_prod(torch.arange(phases), torch.arange(phases)).T
+    left, right = first[:, :, None] + steps[:, None, :]
+    w_in = torch.cat([torch.block_diag(*torch.stack([f.cos(), f.sin()], dim=1)) for f in (left, right)])
+    both = left + right
+    w_out = torch.block_diag(*torch.stack([both.cos(), both.sin()], dim=2)) * 3 * math.pi**2 / (4 * phases**2)
+    return Neurons(w_in, torch.zeros(w_in.shape[1], dtype=DOUBLE), w_out)
+
+
+def decimal_periods(n: int = 50, periods: tuple[float, ...] = (2, 5, 10, 100)) -> Reference:
+    """Plain addition by waves whose periods are those of decimal digits, and whose circle has one step more than sums.
+
+    Source: the periods that language models have: Zhou et al. 2024 (arXiv 2406.03445).
+    """
+    task, generator = Addition(n=n, block=5), torch.Generator().manual_seed(0)
+    angles = 2 * math.pi * torch.arange(2 * n - 1, dtype=DOUBLE)[:, None] / torch.tensor(periods, dtype=DOUBLE)
+    code = torch.stack([angles.cos(), angles.sin()], dim=2).flatten(1)
+    mlp = products(torch.arange(len(periods)), 7, generator)
+    mechanism = Mechanism(code[:n], "apart", (mlp,), GAIN / len(periods) * code.T)
+    return Reference(wire(task, mechanism, generator=generator), task, "algorithm/fourier")
+
+
+def smooth(reference: Reference, gain: float) -> Reference:
+    """A reference model of one layer with GELU for ReLU, which it comes the nearer to the larger the gain."""
+    model, task, truth = reference
+    config = dataclasses.replace(model.config, act_fn="gelu")
+    state = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for name, factor in (("W_in", gain), ("b_in", gain), ("W_out", 1 / gain)):
+        state[f"blocks.0.mlp.{name}"] *= factor
+    smoother = Transformer(config)
+    smoother.load_state_dict(state)
+    return Reference(smoother.eval(), task, truth)
+
+
+def behind_norms(reference: Reference, *, gain: float | None = None, length: float = 2.0) -> Reference:
+    """A reference model of one layer with a LayerNorm before attention, MLP and unembedding: the same answers.
+
+    ``=`` has a constant direction, half as long as what attention writes is on average. Neurons read their biases off
+    that, and are then positively homogeneous: behind the norm each is divided by a scale that depends on both operands,
+    and so are the logits. Operands get a direction that makes all of them equally long, ``length`` times the longest.
+    With a ``gain`` neurons are GELU, else ReLU.
+    """
+    (model, task, truth), generator = reference, torch.Generator().manual_seed(1)
+    assert model.config.n_layers == 1, "the constant of a second layer would have to be that of the first, divided"
+    old = {name: weight.double() for name, weight in model.state_dict().items()}
+    d, equals = model.config.d_model, task.d_vocab - 1
+    # Rows that are orthogonal to each other and to (1, 1, ..., 1), which LayerNorm takes away.
+    drawn = torch.randn(d + 3, d + 3, generator=generator, dtype=DOUBLE)
+    drawn[:, 0] = 1
+    basis = torch.linalg.qr(drawn)[0].T[1:]
+    into, one, filler = basis[:d], basis[d], basis[d + 1]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(task.encode(table(task)).inputs, names_filter="blocks.0.hook_attn_out")
+    constant = cache["blocks.0.hook_attn_out"][:, -1].double().square().sum(1).mean().sqrt() / 2
+    norms = old["embed.W_E"].square().sum(1)
+    longest = length**2 * norms.max()
+    embedding = old["embed.W_E"] @ into + (longest - norms).sqrt()[:, None] * filler
+    embedding[equals] = constant * one
+    turned = old.get("pos_embed.W_pos", torch.zeros(3, d, dtype=DOUBLE)).square().sum(1)
+    operand, query = (((x + turned[i]) / (d + 3) + EPS).sqrt() for x, i in ((longest, 0), (constant**2, 2)))
+    amount = 1.0 if gain is None else gain
+    w_in = into.T @ old["blocks.0.mlp.W_in"] + one[:, None] * old["blocks.0.mlp.b_in"] / constant
+    # The MLP's own bias is written by two neurons more, whose difference is linear with GELU too.
+    w_in = torch.cat([w_in, one[:, None] / constant, -one[:, None] / constant], dim=1)
+    bias = old["blocks.0.mlp.b_out"][None]
+    w_out = torch.cat([old["blocks.0.mlp.W_out"], bias, -bias]) @ into
+    config = dataclasses.replace(
+        model.config,
+        d_model=d + 3,
+        d_mlp=w_in.shape[1],
+        normalization="LN",
+        act_fn="relu" if gain is None else "gelu",
+        mlp_bias=False,
+    )
+    normed = Transformer(config)
+    state = {name: weight.double() for name, weight in normed.state_dict().items()} | {
+        "embed.W_E": embedding,
+        "blocks.0.attn.W_Q": into.T @ old["blocks.0.attn.W_Q"] * query,
+        "blocks.0.attn.W_K": into.T @ old["blocks.0.attn.W_K"] * operand,
+        "blocks.0.attn.W_V": into.T @ old["blocks.0.attn.W_V"] * operand,
+        "blocks.0.attn.W_O": old["blocks.0.attn.W_O"] @ into,
+        "blocks.0.mlp.W_in": amount * w_in,
+        "blocks.0.mlp.W_out": w_out / amount,
+        "unembed.W_U": into.T @ old["unembed.W_U"],
+    }
+    if "pos_embed.W_pos" in old:
+        state["pos_embed.W_pos"] = old["pos_embed.W_pos"] @ into
+    normed.load_state_dict({name: weight.float() for name, weight in state.items()})
+    return Reference(normed.eval(), task, truth)
+
+
+def pizza() -> Reference:
+    """A Fourier algorithm."""
+    return build("fourier-pizza", p=31, frequencies=4)
+
+
+def line() -> Reference:
+    """A number line."""
+    return build("number-line", n=25, thresholds=12, spread=1.0)
+
+
+def digits() -> Reference:
+    """Columns."""
+    return build("columns", n=30)
+
+
 CONSTRUCTIONS: dict[str, Callable[[], Reference]] = {
     "one frequency": lambda: build("fourier-pizza", p=37, frequencies=1, phases=11),
     "a third of all frequencies": lambda: build("fourier-pizza", p=37, frequencies=6, phases=11),
     "frequencies of another circle": other_circle,
+    "frequencies of decimal periods": decimal_periods,
     "frequencies and no other dimensions": lambda: few_dimensions("fourier-pizza", 8, p=31, frequencies=4),
     "frequencies, then decoders": decoded_waves,
     "a line and no other dimensions": lambda: few_dimensions("number-line", 1, n=25),
@@ -207,4 +318,13 @@ CONSTRUCTIONS: dict[str, Callable[[], Reference]] = {
     "frequencies for small sums": lambda: waves_where(lambda a, b: a + b < 31),
     "frequencies for odd b": lambda: waves_where(lambda a, b: b % 2 == 1),
     "a line for small operands": line_below,
+    "frequencies behind norms": lambda: behind_norms(pizza()),
+    "a line behind norms": lambda: behind_norms(line(), length=10),
+    "columns behind norms": lambda: behind_norms(digits()),
+    "frequencies with GELU": lambda: smooth(pizza(), 2),
+    "a line with GELU": lambda: smooth(line(), 1),
+    "columns with GELU": lambda: smooth(digits(), 4),
+    "frequencies with GELU behind norms": lambda: behind_norms(pizza(), gain=2),
+    "a line with GELU behind norms": lambda: behind_norms(line(), length=10, gain=1),
+    "columns with GELU behind norms": lambda: behind_norms(digits(), gain=4),
 }

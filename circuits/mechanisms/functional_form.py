@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,12 @@ GOOD_FIT, SLOW_FIT = 0.8, 0.95
 PROBED, PROBED_ROWS = 48, 1024
 """Neurons and rows that circles of other lengths are tried on."""
 FINER, LONGEST = 4, 2
+CLEAR, NO_WORSE = 0.98, 0.005
+"""R2 from which on a form is not doubted, and by how much a shorter circle may fit worse."""
+FEW_WAVES = 0.1
+"""Share of importance below which waves are stray neurons, and say nothing of a circle."""
+MODULI = (*range(2, 12), 13, 15)
+"""Those of Nikankin et al. (2 to 9, 11, 13, 15) and ten."""
 MOST_SHARE, SLIGHT = 4, 0.02
 DECODES, DECODER_HITS, DECODER_SHARE = 3, 0.5, 0.75
 """A neuron that is on for fewer results decodes one; a layer of such neurons is no part of an algorithm."""
@@ -84,7 +91,7 @@ def hinge_features(operands: Int[Tensor, "rows 2"], n: int) -> Float[Tensor, "ro
 
 
 def indicator_features(operands: Int[Tensor, "rows 2"], n: int) -> Float[Tensor, "rows features"]:
-    """Indicators: x >= t, x in a decade, residues 2 to 10, cells of decades, digit sums, the units' carry.
+    """Indicators: x >= t, x in a decade, residues modulo ``MODULI``, cells of decades, digit sums, the units' carry.
 
     Source: the taxonomy of Nikankin et al. 2025 (arXiv 2410.21272), appendix E (range, modulo, pattern,
     identical operands), with conjunctions of ranges added.
@@ -96,7 +103,7 @@ def indicator_features(operands: Int[Tensor, "rows 2"], n: int) -> Float[Tensor,
         columns.append(x[:, None] >= thresholds[None, :])
         bands = torch.arange(low // 10, (high + 9) // 10, device=a.device)
         columns.append(torch.div(x, 10, rounding_mode="floor")[:, None] == bands[None, :])
-        for m in range(2, 11):
+        for m in MODULI:
             columns.append((x % m)[:, None] == torch.arange(m, device=a.device)[None, :])
     decades = torch.arange((n + 9) // 10, device=a.device)
     cells = ((a // 10)[:, None] == decades)[:, :, None] & ((b // 10)[:, None] == decades)[:, None, :]
@@ -117,10 +124,20 @@ class Forms:
     frequency: Int[Tensor, " n"]
     slow: Bool[Tensor, " n"]
     """Waves with no whole period inside the operand range, which cannot be told from hinges: of no family but these."""
+    undone: Bool[Tensor, " n"]
+    """Neurons whose form is that of the neuron times what the norm before it divided by."""
 
     def of(self, chosen: Tensor) -> Forms:
         """Some of the neurons."""
-        return Forms(self.family[chosen], self.best[chosen], self.frequency[chosen], self.slow[chosen])
+        return Forms(*(column[chosen] for column in self._columns()))
+
+    def or_better(self, others: Forms) -> Forms:
+        """These forms, and those of the neurons that ``others`` fit better."""
+        better = others.best > self.best
+        return Forms(*(torch.where(better, y, x) for x, y in zip(self._columns(), others._columns(), strict=True)))
+
+    def _columns(self) -> tuple[Tensor, ...]:
+        return self.family, self.best, self.frequency, self.slow, self.undone
 
     def frequency_share(self, importance: Float[Tensor, " n"]) -> float:
         """Share of single-frequency neurons, slow waves left out of the count; 0 where these are more than half."""
@@ -141,16 +158,34 @@ def neuron_forms(
     *,
     seed: int,
     circle: int | None = None,
+    before_norm: Float[Tensor, "rows n"] | None = None,
 ) -> Forms:
     """Fit every neuron by each family; a neuron belongs to the family with the best held-out R2 above 0.8.
 
-    Hinges and indicators are only fitted where a wave leaves more than 2 % of the variance.
+    Hinges and indicators are only fitted where a wave leaves more than 2 % of the variance. ``before_norm``, neurons
+    times what the norm before them divided by, takes a neuron's place where that fits better.
     """
     generator = torch.Generator().manual_seed(seed)
+    keep = torch.arange(len(operands))
     if len(operands) > MOST_ROWS:
-        keep = torch.randperm(len(operands), generator=generator)[:MOST_ROWS].to(operands.device)
-        operands, neurons = operands[keep], neurons[keep]
-    fit = (torch.rand(len(operands), generator=generator) < 0.5).to(operands.device)
+        keep = torch.randperm(len(operands), generator=generator)[:MOST_ROWS]
+    fit = (torch.rand(len(keep), generator=generator) < 0.5).to(operands.device)
+    keep = keep.to(operands.device)
+    forms = _forms(task, operands[keep], neurons[keep], fit, circle)
+    if before_norm is None:
+        return forms
+    return forms.or_better(_forms(task, operands[keep], before_norm[keep], fit, circle, undone=True))
+
+
+def _forms(
+    task: Task,
+    operands: Int[Tensor, "rows 2"],
+    neurons: Float[Tensor, "rows n"],
+    fit: Bool[Tensor, " rows"],
+    circle: int | None,
+    *,
+    undone: bool = False,
+) -> Forms:
     renamed = group_index(task, operands, circle=circle)
     if renamed is None:
         raise BadInput(f"{task.name} has no renaming of its operands under which the answer is their sum")
@@ -160,7 +195,7 @@ def neuron_forms(
     wave, frequency = wave_fit(a[kept], b[kept], neurons[kept], modulus, fit[kept], lowest=lowest)
     scores = torch.full((len(FAMILIES), neurons.shape[1]), -1.0, device=neurons.device)
     scores[0] = wave
-    unclear = wave < 0.98
+    unclear = wave < CLEAR
     if bool(unclear.any()):
         scores[1, unclear] = greedy_fit(hinge_features(operands, n), neurons[:, unclear], fit)
         scores[2, unclear] = greedy_fit(indicator_features(operands, n), neurons[:, unclear], fit)
@@ -170,19 +205,19 @@ def neuron_forms(
         waves = wave_features(a[kept], b[kept], torch.arange(1, lowest, device=a.device), modulus)
         slow = block_fits(waves, neurons[kept], fit[kept])[1].amax(0) > SLOW_FIT
     named = torch.where(best > GOOD_FIT, family, torch.full_like(family, len(FAMILIES)))
-    return Forms(named, best, frequency, slow)
+    return Forms(named, best, frequency, slow, torch.full_like(slow, undone))
 
 
 def renamed_wave_share(
     task: Task,
     operands: Int[Tensor, "rows 2"],
-    neurons: Float[Tensor, "rows n"],
-    importance: Tensor,
+    versions: Sequence[Float[Tensor, "rows n"]],
+    importance: Float[Tensor, " n"],
     *,
     seed: int,
     circle: int | None = None,
 ) -> float:
-    """Importance-weighted share of single-frequency neurons when operands bear other names."""
+    """Importance-weighted share of neurons with a single frequency, in any version, when operands bear other names."""
     generator = torch.Generator().manual_seed(seed)
     keep = torch.randperm(len(operands), generator=generator)[:MOST_ROWS].to(operands.device)
     fit = (torch.rand(len(keep), generator=generator) < 0.5).to(operands.device)
@@ -190,8 +225,10 @@ def renamed_wave_share(
     assert renamed is not None  # the same task has just been fitted
     a, b, kept, modulus = renamed
     lowest = lowest_frequency(task, modulus)
-    wave, _ = wave_fit(a[kept], b[kept], neurons[keep][kept], modulus, fit[kept], lowest=lowest)
-    return float(importance[wave > GOOD_FIT].sum() / importance.sum().clamp_min(1e-12))
+    waves = [
+        wave_fit(a[kept], b[kept], neurons[keep][kept], modulus, fit[kept], lowest=lowest)[0] for neurons in versions
+    ]
+    return float(importance[torch.stack(waves).amax(0) > GOOD_FIT].sum() / importance.sum().clamp_min(1e-12))
 
 
 def key_frequencies(forms: Forms, importance: Float[Tensor, " n"], *, least: float = 0.05) -> list[int]:
@@ -209,8 +246,9 @@ def circle_length(model: Any, task: Task, readings: Readings, *, seed: int) -> i
     """Number of steps of the circle on which neurons are single-frequency waves; None: the one that the task implies.
 
     Addition that does not wrap around can be done on any circle that holds all answers. That of as many steps as there
-    are answers is tried first. Where it leaves neurons unexplained that waves of some frequency explain, all circles
-    up to ``LONGEST`` times as long are, with the frequencies that were found.
+    are answers is tried first, and kept where waves on it leave next to nothing unexplained. Where they leave more, of
+    all circles up to ``LONGEST`` times as long the one is taken on which the waves that there are fit best: on a circle
+    that is slightly too long or too short a wave is out of step at one end of the operands.
 
     Source: ours; periods of language models need not divide the range: Zhou et al. 2024 (arXiv 2406.03445).
     """
@@ -224,56 +262,66 @@ def circle_length(model: Any, task: Task, readings: Readings, *, seed: int) -> i
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randperm(len(readings.operands), generator=generator)[:PROBED_ROWS].to(top.device)
         fit = torch.rand(len(rows), generator=generator) < 0.5
-        probe = Probe(task, readings.operands[rows], readings.neurons[rows][:, top], readings.importance[top], fit)
+        versions = tuple(neurons[rows] for neurons in _versions(readings, top))
+        probe = Probe(task, readings.operands[rows], versions, readings.importance[top], fit)
         readings.remembered[key] = probe.longer_circle()
     found: int | None = readings.remembered[key]
     return found
 
 
+def _versions(readings: Readings, chosen: Int[Tensor, " k"]) -> tuple[Float[Tensor, "rows k"], ...]:
+    """Some neurons as they are, and, where a norm is before them, without what it divided by."""
+    before = readings.before_norm(chosen)
+    return (readings.neurons[:, chosen],) if before is None else (readings.neurons[:, chosen], before)
+
+
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """Some rows of some neurons, to try circles on."""
+    """Some rows of some neurons, in one version or more, to try circles on."""
 
     task: Task
     operands: Int[Tensor, "rows 2"]
-    neurons: Float[Tensor, "rows n"]
+    versions: tuple[Float[Tensor, "rows n"], ...]
     importance: Float[Tensor, " n"]
     fit: Bool[Tensor, " rows"]
 
-    def scores(self, circle: int, frequencies: list[int]) -> Float[Tensor, "frequencies n"]:
-        """Held-out R2 of each neuron at each frequency of a circle."""
+    def scores(self, circle: int, frequencies: Sequence[int]) -> Float[Tensor, "frequencies n"]:
+        """Held-out R2 of each neuron at each frequency of a circle, in the version that fits best."""
         renamed = group_index(self.task, self.operands, circle=circle)
         assert renamed is not None
         a, b, _, _ = renamed
-        return block_fits(
-            wave_features(a, b, torch.tensor(frequencies, device=a.device), circle), self.neurons, self.fit
-        )[1]
+        features = wave_features(a, b, torch.tensor(frequencies, device=a.device), circle)
+        return torch.stack([block_fits(features, neurons, self.fit)[1] for neurons in self.versions]).amax(0)
 
-    def share(self, best: Float[Tensor, " n"]) -> float:
-        """Importance-weighted share of neurons above the good fit."""
-        return float(self.importance[best > GOOD_FIT].sum() / self.importance.sum().clamp_min(1e-12))
+    def mean(self, best: Float[Tensor, " n"], waves: Bool[Tensor, " n"]) -> float:
+        """Importance-weighted mean of the R2 of some neurons."""
+        weight = self.importance[waves]
+        return float((best[waves].clamp_min(0) * weight).sum() / weight.sum().clamp_min(1e-12))
 
     def longer_circle(self) -> int | None:
-        """The circle with the best fits, if it explains what the shortest does not."""
+        """The circle with the best fits, if they are better than on the shortest."""
         shortest = len(self.task.answer_values)
         lowest = lowest_frequency(self.task, shortest)
-        plain = self.share(self.scores(shortest, list(range(lowest, shortest // 2 + 1))).amax(0))
-        if plain >= 0.9 or not self.neurons.shape[1]:
+        plain = self.scores(shortest, range(lowest, shortest // 2 + 1)).amax(0)
+        if self.mean(plain, torch.ones_like(plain, dtype=torch.bool)) >= CLEAR:
             return None
         fine = FINER * shortest
-        scores = self.scores(fine, list(range(FINER * lowest, fine // 2 + 1)))
-        if self.share(scores.amax(0)) < plain + 0.1:
+        scores = self.scores(fine, range(1, fine // 2 + 1))
+        # a wave without a whole period inside the operand range fits hinges, and no circle well or badly
+        waves = (scores.amax(0) > GOOD_FIT) & (scores.argmax(0) + 1 >= FINER * lowest)
+        share = self.importance[waves].sum() / self.importance.sum().clamp_min(1e-12)
+        if share < FEW_WAVES or self.mean(plain, waves) >= CLEAR:
             return None
-        # frequencies in cycles per step, of the neurons that a wave fits
-        waves = scores.amax(0) > GOOD_FIT
-        cycles = ((scores.argmax(0)[waves] + FINER * lowest) / fine).unique().tolist()
+        # cycles per step, to within an eighth of a step of the shortest circle
+        cycles = (scores.argmax(0)[waves] + 1) / fine
         tried = {}
         for circle in range(shortest, LONGEST * shortest):
-            near = sorted({max(1, round(c * circle)) for c in cycles})
-            tried[circle] = float(self.scores(circle, near).amax(0)[waves].mean())
+            near = (cycles * circle).round().long().clamp_min(1).unique().tolist()
+            tried[circle] = self.mean(self.scores(circle, near).amax(0), waves)
         best = max(tried.values())
         # of circles that fit as well, the shortest: a multiple of the true one has all of its frequencies
-        return min(circle for circle, score in tried.items() if score >= best - 0.005)
+        found = min(circle for circle, score in tried.items() if score >= best - NO_WORSE)
+        return found if found > shortest else None
 
 
 def fitted(model: Any, task: Task, readings: Readings, *, seed: int) -> tuple[Int[Tensor, " k"], Forms]:
@@ -282,7 +330,10 @@ def fitted(model: Any, task: Task, readings: Readings, *, seed: int) -> tuple[In
     if key not in readings.remembered:
         top = _most_important(readings, decisive_layers(model, task, readings))
         circle = circle_length(model, task, readings, seed=seed)
-        forms = neuron_forms(task, readings.operands, readings.neurons[:, top], seed=seed, circle=circle)
+        neurons, *before = _versions(readings, top)
+        forms = neuron_forms(
+            task, readings.operands, neurons, seed=seed, circle=circle, before_norm=before[0] if before else None
+        )
         readings.remembered[key] = top, forms
     found: tuple[Tensor, Forms] = readings.remembered[key]
     return found
@@ -348,7 +399,9 @@ def functional_form(model: Any, task: Task, *, seed: int = 0, readings: Readings
     value but keeps everything that a lookup by token could do. ``frequency_least``, ``hinge_least`` and
     ``indicator_least`` are the lowest shares within a layer without which answers go wrong: an algorithm has to
     account for every layer that the answer passes through, not for the first alone. Layers whose neurons each stand
-    for one result say nothing of how it was found and are left out.
+    for one result say nothing of how it was found and are left out. A norm before an MLP divides what neurons read by
+    a number that depends on both operands: there each neuron is looked at times that number too, and has the form that
+    fits better (``norm_undone`` is the share of importance that has it so).
 
     Source: Nanda et al. 2023 (arXiv 2301.05217) for frequencies; families and weighting are ours.
     Fails when: low frequencies of a large period pass for hinges; a column code and a range code are both indicators.
@@ -361,7 +414,9 @@ def functional_form(model: Any, task: Task, *, seed: int = 0, readings: Readings
     generator = torch.Generator().manual_seed(seed + 1)
     renaming = torch.randperm(task.n_operand_values, generator=generator).to(readings.operands.device)
     circle = circle_length(model, task, readings, seed=seed)
-    null = renamed_wave_share(task, renaming[readings.operands], neurons, importance, seed=seed, circle=circle)
+    null = renamed_wave_share(
+        task, renaming[readings.operands], _versions(readings, top), importance, seed=seed, circle=circle
+    )
     weighted = torch.stack([importance * (forms.family == 0), importance], dim=1).cpu().numpy()
     layer = torch.tensor(readings.layers, device=top.device)[top]
     decoding = decodes(readings.labels, neurons, len(task.answer_values))
@@ -374,6 +429,7 @@ def functional_form(model: Any, task: Task, *, seed: int = 0, readings: Readings
         "key_frequencies": key_frequencies(forms, importance),
         "n_neurons": len(top),
         "circle": circle,
+        "norm_undone": float(importance[forms.undone].sum() / importance.sum().clamp_min(1e-12)),
         "importance_covered": float(importance.sum() / readings.importance.sum().clamp_min(1e-12)),
     }
     return Evidence(

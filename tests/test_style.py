@@ -13,7 +13,6 @@ from circuits import report
 from circuits._style import ON_DARK, PAGES, SERIES, SPLIT_COLOURS, VERDICT_COLOURS, VERDICT_GLYPHS, template
 from circuits.discovery.figures import NEUTRAL, OPPOSES, RANKINGS, SUPPORTS
 from circuits.mechanisms.evidence import LABELS
-from circuits.report import theme
 
 SHEET = Path(report.__file__).parent / "report.css"
 OTHERS = {*SERIES, *SPLIT_COLOURS.values(), SUPPORTS, OPPOSES, NEUTRAL, *(colour for _, colour in RANKINGS.values())}

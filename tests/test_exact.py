@@ -56,9 +56,25 @@ def test_every_edge_equals_a_loop_that_patches_one_at_a_time(shape: str) -> None
     assert ("kv" in str(circuit.graph.readers)) == (shape == "Llama")
 
 
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape not in ("Llama", "GPTJ", "Phi")])
+@pytest.fixture
+def in_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a model in double precision stay there: some take a step to single precision in a norm or a softmax."""
+    softmax = torch.nn.functional.softmax
+
+    def norm(self: Any, x: Tensor) -> Tensor:
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+    def wide_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+        return softmax(x, dim=dim, dtype=x.dtype if x.dtype == torch.float64 else dtype)
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaRMSNorm.forward", norm)
+    monkeypatch.setattr(torch.nn.functional, "softmax", wide_softmax)
+
+
+# The attention of a GPT-J turns queries and keys in single precision whatever the model's own.
+@pytest.mark.usefixtures("in_double")
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "GPTJ"])
 def test_in_double_precision_no_edge_however_small_is_off(shape: str) -> None:
-    # The norm of a Llama model and the attention of the other two compute in single precision whatever the model's own.
     model, pairs = model_of(shape).double(), some_pairs(4)
     expected = one_at_a_time(model, pairs).T
     circuit = exact(model, pairs)
@@ -275,6 +291,40 @@ def test_nothing_of_the_model_and_no_hook_of_the_caller_is_changed() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert vars(model.cfg) == flags and not model.training
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["GPT2", "Llama"])
+def test_hooks_of_the_caller_on_a_bridge_are_left_alone(architecture: str) -> None:
+    bridge, pairs = hugging_face(architecture), some_pairs(3)
+    seen: list[str] = []
+    bridge.add_hook("blocks.0.hook_mlp_out", lambda x, hook: seen.append("their own"))
+
+    def broken(logits: Tensor, pairs: Pairs) -> Tensor:
+        raise RuntimeError("on purpose")
+
+    def again(n: int) -> bool:
+        seen.clear()
+        with torch.no_grad():
+            bridge(pairs.clean)
+        return sorted(seen) == ["around", "their own"][2 - n :]
+
+    with bridge.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", lambda x, hook: seen.append("around"))]):
+        assert again(2)
+        circuit = discovery.eap(bridge, pairs, rules="relp")
+        for run in (
+            lambda: exact(bridge, pairs),
+            lambda: discovery.mask_gradient(bridge, pairs),
+            lambda: discovery.acdc(bridge, pairs, tau=0.5),
+            lambda: discovery.edge_pruning(bridge, pairs, steps=2),
+            lambda: discovery.activation_patching(bridge, pairs, "heads"),
+            lambda: discovery.faithfulness(bridge, circuit, pairs, n_random=2),
+        ):
+            run()
+            assert seen and again(2)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            discovery.eap(bridge, pairs, broken)
+        assert again(2)
+    assert again(1)
 
 
 @pytest.mark.untyped

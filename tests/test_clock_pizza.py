@@ -18,7 +18,7 @@ from torch import Tensor
 
 from circuits import mechanisms, reference, tasks
 from circuits.errors import BadInput
-from circuits.mechanisms.circles import explained_by, formula_values, power_of, row_moments
+from circuits.mechanisms.circles import components_of, explained_by, formula_values, power_of, row_moments
 from circuits.mechanisms.distance_irrelevance import irrelevance, moments_by_distance
 from circuits.mechanisms.gradient_symmetricity import operand_gradients, sampled_triples
 from circuits.mechanisms.logit_terms import explained_by_groups, terms_of
@@ -118,6 +118,34 @@ def test_power_of_a_wave_is_at_its_frequency_and_adds_up(m: int) -> None:
     wave = torch.cos(2 * math.pi * 2 * torch.arange(m).double() / m)[:, None]
     assert int(power_of(wave)[0].argmax()) == 1
     assert len(component_norms(noise(m, 2))) == m - 1
+
+
+@pytest.mark.parametrize(("name", "sign"), [("fourier-clock", -1), ("fourier-pizza", 1)])
+def test_circles_of_equal_radii_are_told_apart_by_their_frequencies(name: str, sign: int) -> None:
+    # every circle of a built model has the same radius, so that principal components mix them
+    model, task, _ = reference.build(name, p=31, frequencies=4)
+    readings = mechanisms.read(model, task)
+    keys = mechanisms.functional_form(model, task, readings=readings).details["key_frequencies"]
+    round_ones = mechanisms.circularity(model, task, readings=readings)
+    assert round_ones.value < 0.9 and sorted(round_ones.details["frequencies"][:4]) == keys
+    assert min(round_ones.details["roundness"][:4]) > 0.8
+    found = mechanisms.isolated_circles(model, task, readings=readings)
+    alone = {circle["frequency"]: circle for circle in found.details["by_frequency"]}
+    assert sign * found.number("own_frequency") > 0.1
+    for k in keys:
+        fits = alone[k]
+        assert sign * (fits["pizza"] - fits["clock"]) > 0.1 and max(fits["pizza"], fits["clock"]) > 0.8, fits
+    assert max(alone[k]["clock"] for k in set(alone) - set(keys)) < 0
+
+
+def test_a_frequency_alone_is_what_least_squares_keeps() -> None:
+    m, like = 11, noise(11, 5).float()
+    parts = components_of(None, ModularAddition(p=m), like)
+    for k in (1, 5):
+        phase = 2 * math.pi * k / m * torch.arange(m).double()
+        waves = torch.stack([torch.ones(m).double(), phase.cos(), phase.sin()], dim=1)
+        expected = waves @ torch.linalg.lstsq(waves, like.double()).solution
+        assert torch.allclose(parts.alone(k, like).double(), expected, atol=1e-5)
 
 
 @given(st.integers(0, 1000))

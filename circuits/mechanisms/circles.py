@@ -42,8 +42,31 @@ class Components:
 
     def isolated(self, plane: Float[Tensor, "2 r"], like: Tensor) -> Tensor:
         """Return the embedding of every operand value, projected on a plane of the components; the mean elsewhere."""
+        return self._with(self.scores @ plane.T @ plane, like)
+
+    def of_frequency(self, frequency: int) -> Float[Tensor, "m r"]:
+        """Return the part of the components that is one frequency of the operand, in whatever components that is."""
+        m = len(self.scores)
+        phase = 2 * math.pi * frequency / m * torch.arange(m, dtype=torch.double, device=self.scores.device)
+        waves = torch.stack([phase.cos(), phase.sin()], dim=1)
+        waves = waves / waves.norm(dim=0).clamp_min(1e-6)  # the highest frequency of an even number has no sine
+        return waves @ (waves.T @ self.scores)
+
+    def alone(self, frequency: int, like: Tensor) -> Tensor:
+        """Return the embedding of every operand value with one frequency only; the mean elsewhere."""
+        return self._with(self.of_frequency(frequency), like)
+
+    def strongest(self, most: int) -> list[int]:
+        """Return the frequencies with most of the embedding's variance, strongest first."""
+        return [k + 1 for k in self.total_power().argsort(descending=True)[:most].tolist()]
+
+    def total_power(self) -> Float[Tensor, " frequencies"]:
+        """Return each frequency's share of the embedding's variance."""
+        return (self.power * self.share[:, None]).sum(0)
+
+    def _with(self, scores: Float[Tensor, "m r"], like: Tensor) -> Tensor:
         table = self.mean.repeat(len(like), 1)
-        table[self.values] = self.mean + self.scores @ plane.T @ plane @ self.directions
+        table[self.values] = self.mean + scores @ self.directions
         return table.to(like.dtype)
 
 
@@ -81,6 +104,11 @@ def circularity(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
     has the share of the embedding's variance at the strongest frequencies, and the Gini coefficient of these shares.
     The control reads the operands in random order.
 
+    Where circles have equal radii the principal components of their space are arbitrary: each holds waves of several
+    frequencies, and the value falls although every circle is one. ``shares`` and ``share_of_five`` are the same in any
+    basis, and ``roundness``, the shorter radius of each strongest frequency's own ellipse as a share of the longer, is
+    that of the frequency alone: 1 for a circle, 0 for a wave along one direction.
+
     Source: Zhong et al. 2023 (arXiv 2306.17844), section 5; repository fjzzq2002/pizza, eval-main.ipynb.
     Fails when: two circles have equal radii, since components then mix them: 0.73 in a published network that is right
     on every pair.
@@ -92,8 +120,8 @@ def circularity(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
     best = parts.power[:COMPONENTS].amax(1)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(parts.scores), generator=generator).to(parts.scores.device)
-    power = (parts.power * parts.share[:, None]).sum(0)
-    strongest = power.argsort(descending=True)[:6].tolist()
+    power, strongest = parts.total_power(), parts.strongest(CIRCLES)
+    radii = [torch.linalg.svdvals(parts.of_frequency(k))[:2] for k in strongest]
     return Evidence(
         test="circularity",
         value=float(best.mean()),
@@ -103,9 +131,10 @@ def circularity(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
         threshold="none: near 1 in clocks and pizzas alike",
         passed=None,
         details={
-            "frequencies": [k + 1 for k in strongest],
-            "shares": [float(power[k]) for k in strongest],
-            "share_of_five": float(power[strongest[:5]].sum()),
+            "frequencies": strongest,
+            "shares": [float(power[k - 1]) for k in strongest],
+            "share_of_five": float(sum(power[k - 1] for k in strongest[:5])),
+            "roundness": [float(r[-1] / r[0].clamp_min(1e-30)) if len(r) > 1 else 0.0 for r in radii],
             "gini": gini(power),
             "accuracy": float(readings.right.float().mean()),
         },
@@ -205,6 +234,11 @@ def isolated_circles(model: Any, task: Task, *, seed: int = 0, readings: Reading
     components have 0.9 of their power at one frequency. Accompanying pizzas are circles that the network uses to tell
     opposite points of another circle apart. The control isolates a random plane of the embedding.
 
+    Components that mix circles of equal radii isolate none: a pair of them leaves a piece of each, the formulas are
+    compared at the frequency of the larger piece, and the value is that of the pair that is least mixed.
+    ``by_frequency`` asks the same of each of the strongest frequencies alone, in whatever components it is, and
+    ``own_frequency`` is pizza less clock on the one of these that a formula fits best.
+
     It is a description, never a verdict (see gradient-symmetricity). Over the whole network's logits the two formulas
     are equally good (see logit-terms): only isolated circles tell them apart.
 
@@ -228,6 +262,8 @@ def isolated_circles(model: Any, task: Task, *, seed: int = 0, readings: Reading
             best, best_moments, frequency = max(found["clock"], found["pizza"]), moments, found["frequencies"][0]
     if best_moments is None:
         raise BadInput("the embedding of the operands has fewer than two dimensions: there is no circle in it")
+    alone = [_one_frequency(model, task, group, parts, embedding, k) for k in parts.strongest(CIRCLES)]
+    clearest = max(alone, key=lambda found: max(found["clock"], found["pizza"]))
     random_plane = torch.linalg.qr(
         torch.randn(rank, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.double).to(axes.device)
     )[0].T
@@ -245,6 +281,8 @@ def isolated_circles(model: Any, task: Task, *, seed: int = 0, readings: Reading
             "best": best,
             "n_circles": sum(bool(c["is_circle"]) for c in circles),
             "circles": circles,
+            "own_frequency": clearest["pizza"] - clearest["clock"],
+            "by_frequency": alone,
             "accuracy": float(readings.right.float().mean()),
         },
         source="Zhong et al. 2023, arXiv 2306.17844, section 4.3",
@@ -260,6 +298,14 @@ def difference(moments: Any) -> float:
 def _formula(name: str, group: GroupTable, frequency: int) -> Tensor:
     answer = torch.arange(group.modulus, device=group.total.device)
     return formula_values(name, group.total[:, None], group.distance[:, None], answer, frequency, group.modulus)
+
+
+def _one_frequency(
+    model: Any, task: Task, group: GroupTable, parts: Components, embedding: Tensor, frequency: int
+) -> dict[str, Any]:
+    logits = logits_from(model, task, group, parts.alone(frequency, embedding))
+    fits = {name: explained_by(row_moments(logits, _formula(name, group, frequency))) for name in ("clock", "pizza")}
+    return {"frequency": frequency, "variance_share": float(parts.total_power()[frequency - 1]), **fits}
 
 
 def _one_circle(

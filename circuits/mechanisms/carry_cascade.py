@@ -23,13 +23,14 @@ from circuits.mechanisms.columns import (
 )
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.readings import device_of
+from circuits.mechanisms.thresholds import RULE
 from circuits.tasks.base import Batch, Task, Variable
 
 DRAWN = 4000
 NINE_ROWS, NINE_COLUMNS = 0.5, 0.5
 """Share of the drawn sums that have nines, and of their columns that are made to sum to nine."""
 FEWEST = 30
-REACHED = 0.9
+REACHED = RULE.cascade_reached
 """A cascade is reached whose accuracy is at least this share of that without one."""
 STATES = ("8 or less", "9", "10 or more")
 

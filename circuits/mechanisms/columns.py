@@ -16,6 +16,7 @@ from circuits.errors import BadInput
 from circuits.mechanisms.accuracy import greedy_right
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.readings import activations, device_of, hooked
+from circuits.mechanisms.thresholds import RULE
 from circuits.tasks.base import Task, Variable
 
 PAIRS = 400
@@ -213,7 +214,7 @@ def evidence_of(
         worst = min(found, key=lambda f: f.share)
         value, interval = worst.share, wilson_interval(worst.hold, worst.counted)
         control = max(f.control for f in found)
-        passed = worst.share >= 0.95 and control <= 0.1
+        passed = worst.share >= RULE.column_interchange and control <= RULE.interchange_control
     return Evidence(
         test=test,
         value=value,

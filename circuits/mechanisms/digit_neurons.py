@@ -15,6 +15,7 @@ from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.interchange import digit_bases, operand_embedding
 from circuits.mechanisms.operand_parts import digit_swapped, two_way
 from circuits.mechanisms.readings import Readings, answer_logits, decisive_layers, read
+from circuits.mechanisms.thresholds import RULE
 from circuits.tasks.base import Task
 
 SWAPS = 1000
@@ -132,7 +133,7 @@ def digit_neurons(model: Any, task: Task, *, seed: int = 0, readings: Readings |
         control=control,
         control_name="operands renamed at random",
         threshold="both digits >= 0.95 and renamed <= 0.10" if best else "not run: answers wrap around",
-        passed=None if control is None else value >= 0.95 and control <= 0.1,
+        passed=None if control is None else value >= RULE.interchange and control <= RULE.interchange_control,
         details=details,
         source="Geiger et al. 2021, arXiv 2106.02997",
         seconds=time.perf_counter() - start,

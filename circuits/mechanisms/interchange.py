@@ -26,10 +26,11 @@ from circuits.mechanisms.operand_parts import (
     written_to,
 )
 from circuits.mechanisms.readings import Readings, activations, answer_logits, device_of, group_index, read
+from circuits.mechanisms.thresholds import RULE
 from circuits.tasks.base import Task, Variable
 
 PAIRS = 2000
-HOLDS = 0.95
+HOLDS = RULE.interchange
 LATER = 0.05
 """By so much more swaps must hold at a later layer for it to be looked at."""
 CONTROLS = 5
@@ -339,7 +340,9 @@ def interchange(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
         control=control,
         control_name="random functions of the operand, as many",
         threshold="best candidate >= 0.95, the rest of the state <= 0.10 and random functions below",
-        passed=details[best.name] >= 0.95 and details["best_complement"] <= 0.1 and control < details[best.name],
+        passed=details[best.name] >= RULE.interchange
+        and details["best_complement"] <= RULE.interchange_complement
+        and control < details[best.name],
         details=details,
         source="Geiger et al. 2021, arXiv 2106.02997",
         seconds=time.perf_counter() - start,

@@ -16,14 +16,16 @@ from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.interchange import Candidate, Candidates, Swap, candidates, draw_swaps
 from circuits.mechanisms.operand_parts import random_part
 from circuits.mechanisms.readings import Readings, read
+from circuits.mechanisms.thresholds import RULE
 from circuits.tasks.base import Task
 
 SWAPS = 4500
 LEAVES, SMALLEST_LEAF = 16, 25
-HOLDS, PASSES, FAILS = 0.95, 0.9, 0.5
+HOLDS = 0.95
+PASSES, FAILS = RULE.region_inside, RULE.region_outside
 """Share of swaps that hold inside the region where it is chosen, and where it is judged; share outside at most."""
 FEWEST = 40
-SMALLEST, LARGEST = 0.05, 0.95
+SMALLEST, LARGEST = RULE.region_smallest, 1 - RULE.region_smallest
 """A region is at least, and at most, this share of the operand square."""
 ALGORITHMS = {
     "fourier": ("frequencies",),
@@ -165,7 +167,7 @@ def region_interchange(model: Any, task: Task, *, seed: int = 0, readings: Readi
         control=best["control"],
         control_name="random functions of the operand, as many, inside",
         threshold=f"inside >= {PASSES}, outside <= {FAILS}, random functions <= {FAILS}, right on both",
-        passed=passed and min(best["right_inside"], best["right_outside"]) >= 0.9,
+        passed=passed and min(best["right_inside"], best["right_outside"]) >= RULE.region_right,
         details=best,
         source="Geiger et al. 2021, arXiv 2106.02997; Pislar et al. 2025, arXiv 2503.11429",
         seconds=time.perf_counter() - start,

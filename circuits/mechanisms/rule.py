@@ -1,11 +1,10 @@
-"""The rule from evidence to verdict. The thresholds are data: one table, one version, printed with every verdict."""
+"""The rule from evidence to verdict; its thresholds are data, in ``thresholds.py``."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-
 from circuits.mechanisms.evidence import Evidence, Verdict
 from circuits.mechanisms.testimony import testimony
+from circuits.mechanisms.thresholds import RULE, VERSION, Thresholds, rule_table
 from circuits.mechanisms.wording import (
     against,
     against_ranges,
@@ -16,54 +15,8 @@ from circuits.mechanisms.wording import (
     result_words,
 )
 
-VERSION = "arithmetic-6"
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """Every number that the rule uses; shares unless the name says otherwise."""
-
-    learned_train: float = 0.95
-    generalises: float = 0.95
-    memorised_unseen: float = 0.2
-    memorised_luck: float = 0.10
-    errs_learned: float = 0.50
-    errs_alike: float = 0.05
-    frequency_share: float = 0.75
-    explained: float = 0.90
-    restricted: float = 0.95
-    excluded: float = 0.15
-    interchange: float = 0.95
-    interchange_control: float = 0.10
-    interchange_complement: float = 0.10
-    interchange_random: float = 0.75
-    line_interchange: float = 0.95
-    columns_line: float = 0.50
-    hinge_share: float = 0.75
-    indicator_share: float = 0.75
-    region_frequency_share: float = 0.10
-    range_share: float = 0.75
-    range_renamed: float = 0.10
-    range_idealised: float = 0.05
-    range_loss: float = 0.05
-    list_overrules: float = 0.75
-    list_known: float = 0.05
-    list_algorithm: float = 0.25
-    limited: float = 0.85
-    slice_heuristic: float = 0.85
-    block_algorithm: float = 0.05
-    block_heuristic: float = 0.20
-    column_interchange: float = 0.95
-
-
-RULE = Thresholds()
 HEURISTICS = {"rectangles": "range-lookup", "result-heuristics": "result-range-bag"}
 """The mechanism that a test of heuristics stands for."""
-
-
-def rule_table(rule: Thresholds = RULE) -> dict[str, float]:
-    """The thresholds by name, as printed in reports."""
-    return asdict(rule)
 
 
 def decide(items: tuple[Evidence, ...], rule: Thresholds = RULE) -> Verdict:
@@ -274,24 +227,29 @@ def _spectrum_agrees(form: Evidence, spectrum: Evidence, rule: Thresholds) -> bo
     )
 
 
+def _columns_of_tokens(by: dict[str, Evidence], rule: Thresholds) -> tuple[bool, str]:
+    """Whether digits that are tokens are added in columns: by whole heads, or by parts of what all heads write."""
+    e, parts = by["column-interchange"], by.get("column-parts")
+    if "carry-cascade" in by and by["carry-cascade"].passed:
+        return True, column_words(by["carry-cascade"])
+    heads = e.value >= rule.column_interchange and (e.control or 0) <= rule.interchange_control
+    words = (
+        f"swapping the carry, or the digits, of one column alone through some attention heads gives the digit that "
+        f"the column algorithm predicts in at least {e.value:.0%} of cases for every inner column (all heads "
+        f"{e.control or 0:.0%})"
+    )
+    if heads or parts is None or parts.value != parts.value:
+        return heads, words
+    return parts.value >= rule.column_interchange and (parts.control or 0) <= rule.interchange_control, (
+        f"{words}; swapping the part of all heads' outputs that a column's own digits set, or the rest, does in at "
+        f"least {parts.value:.0%} (parts fitted to other sums {parts.control or 0:.0%})"
+    )
+
+
 def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bool, str]:
     """Whether a candidate algorithm passes all its tests, and the sentence that says by what."""
     if name == "columns" and "column-interchange" in by:
-        e, parts = by["column-interchange"], by.get("column-parts")
-        if "carry-cascade" in by and by["carry-cascade"].passed:
-            return True, column_words(by["carry-cascade"])
-        heads = e.value >= rule.column_interchange and (e.control or 0) <= rule.interchange_control
-        words = (
-            f"swapping the carry, or the digits, of one column alone through some attention heads gives the digit that "
-            f"the column algorithm predicts in at least {e.value:.0%} of cases for every inner column (all heads "
-            f"{e.control or 0:.0%})"
-        )
-        if heads or parts is None or parts.value != parts.value:
-            return heads, words
-        return parts.value >= rule.column_interchange and (parts.control or 0) <= rule.interchange_control, (
-            f"{words}; swapping the part of all heads' outputs that a column's own digits set, or the rest, does in at "
-            f"least {parts.value:.0%} (parts fitted to other sums {parts.control or 0:.0%})"
-        )
+        return _columns_of_tokens(by, rule)
     if not {"spectral", "functional-form", "interchange"} <= set(by):
         return False, f"{name} was not tested"
     form, spectrum, swap = by["functional-form"], by["spectral"], by["interchange"]

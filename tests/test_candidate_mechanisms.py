@@ -19,6 +19,7 @@ from circuits.mechanisms.description_length import bits_of
 from circuits.mechanisms.equivariance import explained_by, shift_from_answer, weighted_share
 from circuits.mechanisms.functional_form import greedy_fit, hinge_features, indicator_features, neuron_forms
 from circuits.mechanisms.helix import helix_features, number_names, piecewise_features, polynomial_features
+from circuits.mechanisms.heuristics import MODULI
 from circuits.mechanisms.neuron_rules import marginal_sets, set_bits, wave_columns
 from circuits.mechanisms.selection import forward_selection, matching_pursuit, regression
 from circuits.mechanisms.variable_interchange import leading_means
@@ -226,7 +227,7 @@ def test_marginals_find_planted_sets():
         list(range(5, 20, 2)),
     ]
     number = torch.arange(20)
-    cheap, dear = math.log2(210 + 54), 20.0
+    cheap, dear = math.log2(210 + sum(MODULI)), 20.0
     sets = torch.stack([(number >= 4) & (number < 9), number >= 4, number % 3 == 1, number % 3 != 1])
     assert set_bits(sets).tolist() == pytest.approx([cheap, cheap, cheap, dear])
 

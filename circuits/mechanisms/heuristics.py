@@ -14,7 +14,8 @@ from torch import Tensor
 
 from circuits.errors import BadInput
 
-MODULI = tuple(range(2, 11))
+MODULI = (*range(2, 12), 13, 15)
+"""Moduli of the published list (2 to 9, 11, 13 and 15) and of its code (2 to 10); all tests of residues use these."""
 OPERAND_RANGES = (10, 30, 50, 100)
 RESULT_RANGES = (10, 30, 50)
 SEVERAL = (2, 4)

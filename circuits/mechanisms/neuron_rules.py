@@ -10,10 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.mechanisms.functional_form import hinge_features, indicator_features, lowest_frequency
+from circuits.mechanisms.heuristics import MODULI
 from circuits.mechanisms.readings import angle, group_index
 from circuits.tasks.base import Task
-
-MODULI = tuple(range(2, 11))
 
 
 def wave_columns(task: Task, operands: Int[Tensor, "rows 2"]) -> Float[Tensor, "rows features"]:
@@ -76,7 +75,7 @@ def marginal_sets(
 
 
 def set_bits(sets: Bool[Tensor, "neurons n"]) -> Float[Tensor, " neurons"]:
-    """Bits that name each set: of all ranges and all residue classes modulo 2 to 10, or else one bit a value."""
+    """Bits that name each set: of all ranges and residue classes (``MODULI``), or else one bit a value."""
     n = sets.shape[1]
     number = torch.arange(n, device=sets.device)
     classes = torch.stack([number % m == r for m in MODULI for r in range(m)])

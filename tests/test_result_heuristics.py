@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from circuits import mechanisms, reference
-from circuits.mechanisms.result_heuristics import matched_kinds, profiles
+from circuits.mechanisms.heuristics import MODULI
+from circuits.mechanisms.result_heuristics import matched_kinds, matching, profiles
 
 
 def test_ranges_and_residues_are_told_from_steps_and_single_results() -> None:
@@ -15,16 +16,41 @@ def test_ranges_and_residues_are_told_from_steps_and_single_results() -> None:
         "range": (number >= 5) & (number < 25),
         "all but a range": (number < 5) | (number >= 25),
         "step": number >= 12,
+        "all but two": number >= 2,
         "one result": number == 7,
         "two results": (number == 7) | (number == 8),
         "modulo 3": number % 3 == 1,
         "not modulo 2": number % 2 != 0,
+        "modulo 13": number % 13 == 0,
+        "modulo 15, of which there are two": number % 15 == 14,
+        "two of modulo 15, and one more": (number % 15 == 14) | (number == 3),
         "random": torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.5,
     }
-    inside, residue = matched_kinds(torch.stack(list(patterns.values()), dim=1))
-    found = {name for name, yes in zip(patterns, (inside | residue).tolist(), strict=True) if yes}
-    assert found == {"range", "all but a range", "modulo 3", "not modulo 2"}
-    assert {name for name, yes in zip(patterns, inside.tolist(), strict=True) if yes} == {"range", "all but a range"}
+    inside, residue, end = (
+        {name for name, yes in zip(patterns, kind.tolist(), strict=True) if yes}
+        for kind in matched_kinds(torch.stack(list(patterns.values()), dim=1))
+    )
+    assert inside == {"range", "all but a range"}
+    assert residue == {"modulo 3", "not modulo 2", "modulo 13"}
+    assert end == {"step"}
+
+
+def test_ranges_at_an_end_count_beside_others_and_not_alone() -> None:
+    number = torch.arange(30)
+    ends = [number < 10, number >= 12, number >= 20]
+    others = [(number >= 5) & (number < 15), number % 4 == 1]
+    on = torch.stack([*ends, *others], dim=1)
+    clear, weight = torch.ones(5, dtype=torch.bool), torch.tensor([0.2, 0.2, 0.1, 0.25, 0.25])
+    matches, counts = matching(on, clear, weight)
+    assert matches.all() and counts == {"n_range": 1, "n_modulo": 1, "n_end": 3}
+    steps_prevail = torch.tensor([0.2, 0.2, 0.2, 0.2, 0.2])
+    assert matching(on, clear, steps_prevail)[0].tolist() == [False] * 3 + [True] * 2
+    assert not matching(on[:, :3], clear[:3], weight[:3])[0].any(), "a magnitude code"
+    assert matching(on, torch.arange(5) < 4, weight)[0].tolist() == [False] * 3 + [True, False], "what is not clear"
+
+
+def test_moduli_are_those_published() -> None:
+    assert set(MODULI) == {*range(2, 11)} | {*range(2, 10), 11, 13, 15}
 
 
 def test_profiles_are_means_by_result() -> None:
@@ -35,6 +61,13 @@ def test_profiles_are_means_by_result() -> None:
     residual = ((neurons - found.mean[labels]) ** 2).sum(0)
     total = ((neurons - neurons.mean(0)) ** 2).sum(0)
     assert torch.allclose(found.explained, 1 - residual / total)
+
+
+@pytest.mark.parametrize("n", [12, 14])
+def test_a_bag_of_a_small_table_is_found(n: int) -> None:
+    model, task, _ = reference.build("result-range-bag", n=n, seed=1)
+    evidence = mechanisms.result_heuristics(model, task)
+    assert evidence.passed and evidence.details["n_end"] > evidence.details["n_range"]
 
 
 @pytest.mark.parametrize("n", [20, 40])

@@ -12,10 +12,13 @@ from torch import Tensor
 from circuits._stats import bootstrap_interval
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.readings import Readings, answer_logits, decisive_layers, read
+from circuits.mechanisms.thresholds import RULE
 from circuits.tasks.base import Task
 
 HALF = 0.5
+"""Share of the most that a neuron leaves its median by, beyond which it is on."""
 CHUNK = 2048
+"""So many neurons are looked at together, and so many unknown inputs are answered."""
 
 
 def knows_pairs(operands: Int[Tensor, "rows 2"], neurons: Float[Tensor, "rows n"]) -> Bool[Tensor, "rows n"]:
@@ -75,8 +78,8 @@ def pair_lookup(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
         interval=bootstrap_interval(lost.float().cpu().numpy(), seed=seed) if len(lost) else (0.0, 0.0),
         control=other,
         control_name="neurons that know another pair",
-        threshold="share >= 0.75 and another pair's neurons <= 0.25",
-        passed=share >= 0.75 and other <= 0.25,
+        threshold=f"share >= {RULE.pairs_share:.2f} and another pair's neurons <= {RULE.pairs_other:.2f}",
+        passed=share >= RULE.pairs_share and other <= RULE.pairs_other,
         details={
             "n_pair_neurons": int(knows.any(0).sum()),
             "known_pairs": float(knows.any(1).float().mean()),

@@ -13,6 +13,7 @@ from torch import Tensor
 from circuits._stats import wilson_interval
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.readings import Readings, answer_logits, decisive_layers, read
+from circuits.mechanisms.thresholds import RULE
 from circuits.tasks.base import Task
 
 TOP_NEURONS = 2048
@@ -25,14 +26,6 @@ SYMMETRIC = 0.98
 """Correlation of a map with its mirror image from which on the neuron does not tell a from b."""
 MOST = 0.5
 """Least part of all importance that the share of rectangles is about."""
-SHARE = 0.5
-"""Least share of importance in rectangles."""
-RENAMED = 0.1
-"""Most of that share under other names of the operands."""
-IDEALISED = 0.05
-"""Most accuracy that exact rectangles may cost."""
-ABLATED = 0.7
-"""Most accuracy that may be left without the rectangles."""
 MOST_ROWS = 4096
 """So many inputs are answered with other neurons at most."""
 EDGE_DRAWS = 999
@@ -338,8 +331,9 @@ def rectangles(model: Any, task: Task, *, seed: int = 0, readings: Readings | No
     if details["n_rectangles"]:
         details |= _causal(model, task, readings, fitted, seed=seed)
         details |= edge_grid(fitted.found, n, seed=seed)
-        survives = details["idealised"] >= details["accuracy"] - IDEALISED and details["ablated"] <= ABLATED
-        passed = share >= SHARE and control <= RENAMED and survives
+        kept = details["idealised"] >= details["accuracy"] - RULE.rectangles_idealised
+        needed = details["ablated"] <= RULE.rectangles_ablated
+        passed = share >= RULE.rectangles_share and control <= RULE.rectangles_renamed and kept and needed
     counted = weight[:size] / weight[:size].sum().clamp_min(1e-12)
     effective = max(1, int(1 / float(counted.square().sum().clamp_min(1e-12))))
     return Evidence(
@@ -348,8 +342,8 @@ def rectangles(model: Any, task: Task, *, seed: int = 0, readings: Readings | No
         interval=wilson_interval(min(effective, round(share * effective)), effective),
         control=control,
         control_name="operands renamed at random",
-        threshold=f"share >= {SHARE:.2f}, renamed <= {RENAMED:.2f}, accuracy survives idealisation (-{IDEALISED:.2f}), "
-        f"ablation leaves <= {ABLATED:.2f}",
+        threshold=f"share >= {RULE.rectangles_share:.2f}, renamed <= {RULE.rectangles_renamed:.2f}, accuracy survives "
+        f"idealisation (-{RULE.rectangles_idealised:.2f}), ablation leaves <= {RULE.rectangles_ablated:.2f}",
         passed=passed,
         details=details,
         source="Nikankin et al. 2025, arXiv 2410.21272; idealisation is ours",

@@ -16,6 +16,7 @@ from circuits.mechanisms.heuristics import MODULI
 from circuits.mechanisms.least_squares import r_squared
 from circuits.mechanisms.readings import Readings, decisive_layers, read
 from circuits.mechanisms.rectangles import accuracy_with, judged_rows, two_level_share
+from circuits.mechanisms.thresholds import RULE
 from circuits.tasks.base import Task
 
 TOP_NEURONS = 512
@@ -26,16 +27,8 @@ SAME = 0.97
 """Share of results on which a neuron and a pattern have to agree."""
 CLEAR = 0.9
 """Least share of a neuron that the result alone explains, and of what it does by result that two levels explain."""
-SHARE = 0.75
-"""Least share of importance in neurons that match."""
-RENAMED = 0.1
-"""Most of that share under other names of the results."""
 OF_ENDS = 0.5
-"""Most of that share which may be in ranges that touch an end of the results."""
-IDEALISED = 0.05
-"""Most accuracy that exact two-level neurons may cost."""
-ABLATED = 0.7
-"""Most accuracy that may be left without these neurons."""
+"""Most of the share of neurons that match which may be in ranges that touch an end of the results."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,8 +129,9 @@ def result_heuristics(model: Any, task: Task, *, seed: int = 0, readings: Readin
     passed = False
     if len(best["neurons"]):
         details |= _causal(model, task, readings, best["neurons"], best["profiles"].of(best["matches"]), seed=seed)
-        survives = details["idealised"] >= details["accuracy"] - IDEALISED and details["ablated"] <= ABLATED
-        passed = best["share"] >= SHARE and best["control"] <= RENAMED and survives
+        kept = details["idealised"] >= details["accuracy"] - RULE.results_idealised
+        needed = details["ablated"] <= RULE.results_ablated
+        passed = best["share"] >= RULE.results_share and best["control"] <= RULE.results_renamed and kept and needed
     weighted = torch.stack([best["weight"] * best["matches"], best["weight"]], dim=1).cpu().numpy()
     return Evidence(
         test="result-heuristics",
@@ -145,8 +139,8 @@ def result_heuristics(model: Any, task: Task, *, seed: int = 0, readings: Readin
         interval=bootstrap_interval(weighted, lambda rows: rows[:, 0].sum() / max(rows[:, 1].sum(), 1e-12), seed=seed),
         control=best["control"],
         control_name="results renamed at random",
-        threshold=f"share >= {SHARE:.2f}, renamed <= {RENAMED:.2f}, accuracy survives idealisation (-{IDEALISED:.2f}), "
-        f"ablation leaves <= {ABLATED:.2f}",
+        threshold=f"share >= {RULE.results_share:.2f}, renamed <= {RULE.results_renamed:.2f}, accuracy survives "
+        f"idealisation (-{RULE.results_idealised:.2f}), ablation leaves <= {RULE.results_ablated:.2f}",
         passed=passed,
         details=details,
         source="Nikankin et al. 2025, arXiv 2410.21272, section 4 and appendix E",

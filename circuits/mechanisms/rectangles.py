@@ -130,15 +130,6 @@ class Sums:
         return r2, at
 
 
-def best_rectangles(maps: Float[Tensor, "neurons n n"], edges: Int[Tensor, " edges"]) -> list[tuple[float, Rectangle]]:
-    """For each map, R2 of the best two-level fit 1[r0 <= a < r1, c0 <= b < c1] on some edges, and that rectangle."""
-    sums = Sums.of(maps - maps.mean((1, 2), keepdim=True), torch.ones_like(maps[0]))
-    at_edges = Sums(sums.maps[:, edges][:, :, edges], sums.inputs[edges][:, edges], sums.squares)
-    r2, at = at_edges.best()
-    found = edges[at].tolist()
-    return [(share, (r0, r1, c0, c1)) for share, (r0, r1, c0, c1) in zip(r2.tolist(), found, strict=True)]
-
-
 def two_level_share(values: Float[Tensor, "rows n"]) -> Float[Tensor, " n"]:
     """Share of each column's variance that the best two levels explain (2-means in one dimension, exactly)."""
     centred = (values - values.mean(0)).T.contiguous()

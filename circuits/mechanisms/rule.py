@@ -114,7 +114,7 @@ def _named(
     if "pair-lookup" in others:
         return "memorisation", "pairs", pair_words(by["pair-lookup"])
     for name, words in (("rectangles", range_words), ("result-heuristics", result_words)):
-        if name in others or (name == "rectangles" and name in by and _many_ranges(by[name], rule)):
+        if name in others:
             return "heuristics", HEURISTICS[name], words(by[name])
     return None
 
@@ -290,20 +290,6 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
     return passes, (
         f"swapping the low or the high digit alone, in base {base:.0f}, changes the answer as predicted in {low:.0%} "
         f"and {high:.0%}"
-    )
-
-
-def _many_ranges(shapes: Evidence, rule: Thresholds) -> bool:
-    """Whether nearly all of the neurons looked at match ranges, where there are too many to remove them all.
-
-    Rectangles are fitted to the most important neurons. Where a vote has many more, those alone are not missed much.
-    """
-    idealised, ablated = shapes.number("idealised"), shapes.number("ablated")
-    return (
-        shapes.value >= rule.range_share
-        and (shapes.control or 0) <= rule.range_renamed
-        and idealised >= shapes.number("accuracy") - rule.range_idealised
-        and ablated <= shapes.number("accuracy") - rule.range_loss
     )
 
 

@@ -30,10 +30,6 @@ class Thresholds:
     hinge_share: float = 0.75
     indicator_share: float = 0.75
     region_frequency_share: float = 0.10
-    range_share: float = 0.75
-    range_renamed: float = 0.10
-    range_idealised: float = 0.05
-    range_loss: float = 0.05
     list_overrules: float = 0.75
     list_known: float = 0.05
     list_algorithm: float = 0.25

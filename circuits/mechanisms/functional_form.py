@@ -15,6 +15,7 @@ from torch import Tensor
 from circuits._stats import bootstrap_interval
 from circuits.errors import BadInput
 from circuits.mechanisms.evidence import Evidence
+from circuits.mechanisms.heuristics import MODULI
 from circuits.mechanisms.least_squares import block_fits, greedy_fit
 from circuits.mechanisms.readings import Readings, decisive_layers, group_index, read
 from circuits.tasks.base import Task
@@ -29,8 +30,6 @@ CLEAR, NO_WORSE = 0.98, 0.005
 """R2 from which on a form is not doubted, and by how much a shorter circle may fit worse."""
 FEW_WAVES = 0.1
 """Share of importance below which waves are stray neurons, and say nothing of a circle."""
-MODULI = (*range(2, 12), 13, 15)
-"""Those of Nikankin et al. (2 to 9, 11, 13, 15) and ten."""
 MOST_SHARE, SLIGHT = 4, 0.02
 DECODES, DECODER_HITS, DECODER_SHARE = 3, 0.5, 0.75
 """A neuron that is on for fewer results decodes one; a layer of such neurons is no part of an algorithm."""

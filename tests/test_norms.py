@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import needs_native_bridge
 from constructions import behind_norms, digits, line, pizza, smooth
+from discovery_models import hugging_face
 from reference_checks import accuracy
 
 from circuits import mechanisms, tasks
 from circuits.mechanisms.functional_form import fitted
-from circuits.mechanisms.readings import Readings
+from circuits.mechanisms.readings import Readings, activations, scale_hooks
 from circuits.model import ModelConfig, Transformer
 
 
@@ -64,6 +65,16 @@ def test_a_bridge_has_the_same_scales(kind: str) -> None:
     ours, theirs = mechanisms.read(model, task), mechanisms.read(model.to_bridge(), task)
     assert ours.scales.keys() == theirs.scales.keys()
     assert all(torch.allclose(ours.scales[name], theirs.scales[name], atol=1e-5) for name in ours.scales)
+
+
+@pytest.mark.parametrize(("architecture", "norm"), [("GPT2", "ln2"), ("GPTJ", "ln1"), ("Llama", "ln2")])
+def test_bridges_of_pretrained_architectures_name_their_norms_alike(architecture: str, norm: str) -> None:
+    model = hugging_face(architecture)
+    hooks = scale_hooks(model, (0, 1))
+    # GPT-J's attention and MLP run side by side behind one norm
+    assert hooks["blocks.1.ln2"] == f"blocks.1.{norm}.hook_scale" and hooks["ln_final"] == "ln_final.hook_scale"
+    found = activations(model, torch.tensor([[1, 2, 3], [4, 2, 1]]), hooks.values())
+    assert {tuple(scale.shape) for scale in found.values()} == {(2, 3, 1)} and len(found) == 3
 
 
 @pytest.mark.parametrize("gain", [None, 3.0])

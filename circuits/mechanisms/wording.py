@@ -56,11 +56,12 @@ def range_words(shapes: Evidence) -> str:
     """What rectangles of the operands say."""
     d = shapes.details
     mirrored = f" ({d['n_mirrored']} of them on both orders of two ranges)" if d.get("n_mirrored") else ""
+    covered = f"the importance of the most important neurons of layer {d.get('layer')}"
+    kept, left = d.get("idealised", float("nan")), d.get("ablated", float("nan"))
     return (
-        f"{shapes.value:.0%} of the importance of the most important neurons of layer {d.get('layer')} is in neurons "
-        f"that fire on one range of each operand{mirrored} (renamed operands {shapes.control or 0:.0%}); replacing "
-        f"them by exact two-level rectangles keeps accuracy at {d.get('idealised', float('nan')):.0%}, removing them leaves "
-        f"{d.get('ablated', float('nan')):.0%}; {d.get('edge_share', 0):.0%} of their edges (drawn at random "
+        f"{shapes.value:.0%} of {covered} is in neurons that fire on one range of each operand{mirrored} (renamed "
+        f"operands {shapes.control or 0:.0%}); replacing them by exact two-level rectangles keeps accuracy at "
+        f"{kept:.0%}, removing them leaves {left:.0%}; {d.get('edge_share', 0):.0%} of their edges (drawn at random "
         f"{d.get('edge_chance', 0):.0%}) lie on a grid of width {d.get('edge_width')} at offset {d.get('edge_offset')}."
     )
 

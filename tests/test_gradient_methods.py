@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from discovery_models import build, close, hugging_face, some_pairs, variants
+from discovery_models import Naive, build, close, hugging_face, model_of, shapes, some_pairs, variants
 
 from circuits import discovery
 from circuits.discovery import METHODS, Circuit, Graph, ablated_metric, eap
 from circuits.discovery.ablate import ablated_logits, ablated_logits_by_pair, replacement
+from circuits.discovery.activations import gradients, values_at
+from circuits.discovery.edge_products import answer_positions, edge_product, gradients_by_layer, product_by_position
 from circuits.discovery.metrics import measure
 from circuits.discovery.sites import sites_of
 from circuits.errors import BadInput, UnknownName
@@ -42,6 +45,44 @@ def test_the_mask_gradient_is_edge_attribution(variant: str) -> None:
     assert close(got.per_example, expected.per_example, 1e-4)
     split = discovery.mask_gradient(model, pairs, batch_size=1)
     assert split.per_example is not None and close(split.per_example, got.per_example, 1e-5)
+
+
+@shapes
+@pytest.mark.parametrize("together", [False, True], ids=["answers-apart", "answers-together"])
+def test_what_is_left_out_of_the_products_is_zero(shape: str, together: bool) -> None:
+    model, pairs = model_of(shape), some_pairs(5)
+    pairs = replace(pairs, position=torch.full((5,), 2)) if together else pairs
+    sites = sites_of(model)
+    corrupt = values_at(model, sites.source_hooks, pairs.corrupt)
+    values, grads, _ = gradients(model, sites, pairs.clean, pairs, discovery.logit_difference, at=sites.reader_hooks)
+    assert answer_positions(sites, grads) == (slice(2, 3) if together else slice(None))
+    moved = dict(corrupt)
+    if sites.pos_embed is not None:
+        moved[sites.pos_embed] = corrupt[sites.pos_embed] + 1
+    for other in (corrupt, moved):
+        got = edge_product(sites, other, values)(values, grads)
+        whole = product_by_position(sites, other, values)(values, grads).unflatten(1, (4, -1)).sum(1)
+        assert close(got, whole, 1e-5)
+        from_positions = ~sites.graph.counted(positions=False)
+        if sites.pos_embed is not None:
+            assert bool(got[:, from_positions].any()) == (other is moved)
+    blocks = [g for g, _ in gradients_by_layer(sites, values, grads, answer_positions(sites, grads))]
+    assert sum(len(g) for g in blocks) == len(sites.graph.readers)
+    small = sum(len(g) for g in blocks if g.shape[2] == 1)
+    last = sites.layers[-1]
+    assert small == (len(last.W[0]) + (last.mlp_in is not None) + 1 if together else 0)
+
+
+@variants
+def test_edges_of_pairs_with_one_answer_position_are_their_first_order_effects(variant: str) -> None:
+    model, pairs = build(variant), replace(some_pairs(), position=torch.full((4,), 2))
+    naive = Naive(model)
+    for method, points in (("eap", [1.0]), ("clean-corrupted", [1.0, 0.0])):
+        expected = torch.stack([naive.gradient(pairs, point) for point in points]).mean(0)
+        got = discovery.attribute(model, pairs, method=method).per_example
+        assert got is not None and close(got, expected, 1e-4)
+    steps = discovery.eap_ig_activations(model, pairs, steps=1).per_example
+    assert steps is not None and close(steps, naive.gradient(pairs), 1e-4)
 
 
 @pytest.mark.parametrize("ablation", ["corrupt", "mean"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
 
 Store = dict[str, Tensor]
+ALL = slice(None)
 
 
 def source_values(model: HookedModel, sites: Sites, tokens: Int[Tensor, "batch pos"]) -> Store:
@@ -123,27 +124,43 @@ def _branch(store: Store, name: str, given: Tensor | None) -> Callable[..., Tens
 
 
 def source_differences(
-    sites: Sites, corrupt: Mapping[str, Tensor], clean: Mapping[str, Tensor]
-) -> Float[Tensor, "source batch pos d_model"]:
-    """Return what each source writes on the corrupt run minus what it writes on the clean one."""
+    sites: Sites,
+    corrupt: Mapping[str, Tensor],
+    clean: Mapping[str, Tensor],
+    *,
+    sources: Container[int] | None = None,
+    at: slice = ALL,
+) -> Float[Tensor, "source batch _ d_model"]:
+    """Return what each source writes on the corrupt run minus what it writes on the clean one.
+
+    Args:
+        sites: The sources.
+        corrupt: Activations of the corrupt run.
+        clean: Activations of the clean run.
+        sources: The numbers of those that are wanted; None for all. The heads of a layer, and the neurons of an MLP,
+            are wanted together or not at all.
+        at: The positions that are wanted.
+    """
     first = clean[sites.embed]
     dtype = torch.promote_types(first.dtype, torch.float32)
-    out = torch.empty(len(sites.graph.sources), *first.shape, dtype=dtype, device=first.device)
-    out[0] = corrupt[sites.embed] - first
-    at = 1
-    if sites.pos_embed is not None:
-        out[1] = corrupt[sites.pos_embed] - clean[sites.pos_embed]
-        at = 2
-    for layer in sites.layers:
-        heads = layer.W_O.shape[0]
-        out[at : at + heads] = head_outputs(layer, (corrupt[layer.z] - clean[layer.z]).to(dtype))
-        at += heads
-        if layer.neurons is not None:
-            post = layer.neurons.post
-            out[at : at + layer.n_mlp_sources] = neuron_outputs(layer.neurons, (corrupt[post] - clean[post]).to(dtype))
-        elif layer.mlp_out is not None:
-            out[at] = corrupt[layer.mlp_out] - clean[layer.mlp_out]
-        at += layer.n_mlp_sources
+    chosen = [writer for writer in sites.writers if sources is None or writer.first in sources]
+    n_positions = len(range(first.shape[1])[at])
+    shape = (sum(writer.n for writer in chosen), len(first), n_positions, first.shape[2])
+    out = torch.empty(shape, dtype=dtype, device=first.device)
+    start = 0
+    for writer in chosen:
+        rows, start = out[start : start + writer.n], start + writer.n
+        one_source = writer.parts is None  # [..., pos, d_model]; the others have a dimension more, or neurons
+        now, before = (x[writer.hook][..., at, :] if one_source else x[writer.hook][:, at] for x in (corrupt, clean))
+        change = now - before
+        if isinstance(writer.parts, Layer):
+            # into its place: these are most of what is written here, and a copy costs as much as the product
+            z = change.to(dtype).flatten(0, 1).transpose(0, 1)
+            torch.bmm(z, writer.parts.W_O.to(dtype), out=rows.view(writer.n, -1, first.shape[2]))
+        elif isinstance(writer.parts, Neurons):
+            rows[:] = neuron_outputs(writer.parts, change.to(dtype))
+        else:
+            rows[0] = change
     return out
 
 
@@ -162,49 +179,70 @@ def neuron_outputs(
 
 
 def reader_gradients(
-    sites: Sites, i: int, values: Mapping[str, Tensor], grads: Mapping[str, Tensor]
-) -> Float[Tensor, "reader batch pos d_model"]:
+    sites: Sites, i: int, values: Mapping[str, Tensor], grads: Mapping[str, Tensor], at: slice = ALL
+) -> list[Float[Tensor, "reader batch _ d_model"]]:
     """Return the gradient at the residual input of each q, k and v of layer ``i``, from those at q, k and v.
 
     With y = (x - mean) / s the standardised input, the gradient g of q goes back to
     (t - y (y . t) / d_model) / s, where t = W g is centred for LayerNorm; to t / s where the norm is frozen.
     Since W^T y is q without its offset, y . t costs one product per head and not one per model dimension.
 
+    Args:
+        sites: The readers.
+        i: The layer.
+        values: Activations of the run.
+        grads: Gradients at them.
+        at: The positions at which queries have a gradient. Where that is not all, those at the queries come by
+            themselves, at these positions alone, and then those at keys and values.
+
     Source: the Jacobian of LayerNorm (Ba et al. 2016, arXiv 1607.06450, equation 3) and RMSNorm (Zhang and
     Sennrich 2019, arXiv 1910.07467, equation 4), with the affine part folded into the weights.
     """
     layer = sites.layers[i]
     x = values[layer.resid]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    standardised, inverse = layer.norm.standardise(x.to(dtype))
-    n, d_model = x.shape[0] * x.shape[1], x.shape[2]
-    counts = [W.shape[0] for W in layer.W]
-    out = torch.empty(sum(counts), n, d_model, dtype=dtype, device=x.device)
-    at = 0
-    for name, W, offset, count in zip(layer.qkv, layer.W_back, layer.offsets, counts, strict=True):
-        grad = grads[name].to(dtype)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    standardised, inverse = layer.norm.standardise(x)
+    groups = [((0, 1, 2), ALL)] if at == ALL else [((0,), at), ((1, 2), ALL)]
+    return [
+        _at_inputs(layer, which, standardised[:, span], inverse[:, span], values, grads, span) for which, span in groups
+    ]
+
+
+def _at_inputs(
+    layer: Layer,
+    which: Sequence[int],
+    standardised: Float[Tensor, "batch pos d_model"],
+    inverse: Float[Tensor, "batch pos 1"],
+    values: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor],
+    span: slice,
+) -> Float[Tensor, "reader batch pos d_model"]:
+    """Return the gradient at the residual input of the queries (0), keys (1) and values (2), at some positions."""
+    dtype, (batch, pos, d_model) = standardised.dtype, standardised.shape
+    counts = [layer.W[j].shape[0] for j in which]
+    out = torch.empty(sum(counts), batch * pos, d_model, dtype=dtype, device=standardised.device)
+    for j, block in zip(which, out.split(counts), strict=True):
+        grad = grads[layer.qkv[j]][:, span].to(dtype)
         if layer.norm.kind is not None:
             grad = grad * inverse[..., None]
-        block = out[at : at + count]
-        torch.bmm(grad.flatten(0, 1).transpose(0, 1), W.to(dtype), out=block)
+        torch.bmm(grad.flatten(0, 1).transpose(0, 1), layer.W_back[j].to(dtype), out=block)
         if layer.norm.kind is not None and not layer.norm.frozen:
-            value = values[name].to(dtype)
+            value, offset = values[layer.qkv[j]][:, span].to(dtype), layer.offsets[j]
             along = ((value if offset is None else value - offset) * grad).sum(-1) / d_model
-            block.addcmul_(along.flatten(0, 1).T[..., None], standardised.view(1, n, d_model), value=-1)
-        at += count
-    return out.view(-1, *x.shape)
+            block.addcmul_(along.flatten(0, 1).T[..., None], standardised.flatten(0, 1)[None], value=-1)
+    return out.view(-1, batch, pos, d_model)
 
 
 def mlp_gradient(
-    sites: Sites, i: int, values: Mapping[str, Tensor], grads: Mapping[str, Tensor]
-) -> Float[Tensor, "1 batch pos d_model"]:
+    sites: Sites, i: int, values: Mapping[str, Tensor], grads: Mapping[str, Tensor], at: slice = ALL
+) -> Float[Tensor, "1 batch _ d_model"]:
     """Return the gradient at the residual input of the MLP of layer ``i``, as ``reader_gradients`` does for heads."""
     layer = sites.layers[i]
     assert layer.mlp_in is not None
-    grad = grads[layer.mlp_in]
+    grad = grads[layer.mlp_in][:, at]
     if not layer.shares_norm or layer.norm.kind is None:
         return grad[None]
-    x = values[layer.resid]
+    x = values[layer.resid][:, at]
     dtype = torch.promote_types(x.dtype, torch.float32)
     standardised, inverse = layer.norm.standardise(x.to(dtype))
     t = grad.to(dtype) * inverse

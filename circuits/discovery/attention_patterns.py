@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.discovery.activations import Store
-from circuits.discovery.attribution import Product, along_inputs, effects_of, integration_points
+from circuits.discovery.attribution import along_inputs, effects_of, integration_points
 from circuits.discovery.circuit import mean_interval
+from circuits.discovery.edge_products import Product
 from circuits.discovery.gradient_rules import GradientRules
 from circuits.discovery.metrics import Metric, logit_difference, name_of
 from circuits.discovery.sites import Sites, sites_of

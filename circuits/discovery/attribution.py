@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -11,15 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.discovery.activations import (
-    Store,
-    gradients,
-    mlp_gradient,
-    reader_gradients,
-    source_differences,
-    values_at,
-)
+from circuits.discovery.activations import Store, gradients, source_differences, values_at
 from circuits.discovery.circuit import Circuit
+from circuits.discovery.edge_products import Product, edge_product, product_by_position
 from circuits.discovery.gradient_rules import GradientRules, ruled_sites, rules_details, rules_of
 from circuits.discovery.memory import pairs_at_a_time
 from circuits.discovery.metrics import Metric, check_pairs, is_distance, is_flat, name_of, select, zero_gradient
@@ -27,9 +21,6 @@ from circuits.discovery.sites import Sites, check_exact, sites_of
 from circuits.errors import BadInput
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
-
-Product = Callable[[Store, Store], Float[Tensor, "batch score"]]
-"""From the activations and gradients of a run to one number per pair and edge (or source)."""
 
 Term = tuple[Mapping[str, Tensor] | None, Product]
 """A run whose gradients count: the activations that are put in place (None: the clean run), and what is made of it."""
@@ -98,7 +89,7 @@ def edge_circuit(
         sites,
         pairs,
         metric,
-        along_inputs(points, _product_by_position if by_position else _edge_product),
+        along_inputs(points, product_by_position if by_position else edge_product),
         at=sites.reader_hooks,
         names=names * n_positions,
         rules=rules,
@@ -314,53 +305,6 @@ def pair_slices(
         estimate=4 * len(pairs) * pairs.clean.shape[1] * per_position,
     )
     return [slice(i, i + size) for i in range(0, len(pairs), size)]
-
-
-def _edge_product(sites: Sites, corrupt: Store, clean: Store) -> Product:
-    """Prepare the product of every visible difference with every reader's gradient, in the order of the edges."""
-    differences = source_differences(sites, corrupt, clean)
-    by_pair = differences.transpose(0, 1).flatten(2)
-    visible = sites.graph.visible
-
-    def product(values: Store, grads: Store) -> Float[Tensor, "batch edge"]:
-        blocks: list[Tensor] = []
-        reader = 0
-        for gradient in gradients_by_layer(sites, values, grads):
-            rows = gradient.to(differences.dtype).transpose(0, 1).flatten(2)
-            blocks.append(torch.bmm(rows, by_pair[:, : visible[reader]].transpose(1, 2)).flatten(1))
-            reader += rows.shape[1]
-        return torch.cat(blocks, 1)
-
-    return product
-
-
-def _product_by_position(sites: Sites, corrupt: Store, clean: Store) -> Product:
-    """Prepare the same product position by position: of every pair first all edges at position 0, then at 1, ..."""
-    differences = source_differences(sites, corrupt, clean)
-    by_place = differences.permute(1, 2, 0, 3).flatten(0, 1)
-    visible = sites.graph.visible
-
-    def product(values: Store, grads: Store) -> Float[Tensor, "batch edge"]:
-        blocks: list[Tensor] = []
-        reader = 0
-        for gradient in gradients_by_layer(sites, values, grads):
-            rows = gradient.to(differences.dtype).permute(1, 2, 0, 3).flatten(0, 1)
-            blocks.append(torch.bmm(rows, by_place[:, : visible[reader]].transpose(1, 2)).flatten(1))
-            reader += rows.shape[1]
-        return torch.cat(blocks, 1).unflatten(0, (differences.shape[1], -1)).flatten(1)
-
-    return product
-
-
-def gradients_by_layer(
-    sites: Sites, values: Store, grads: Store
-) -> Iterator[Float[Tensor, "reader batch pos d_model"]]:
-    """Yield the gradient at every reader's input, in blocks of readers that see the same sources."""
-    for i, layer in enumerate(sites.layers):
-        yield reader_gradients(sites, i, values, grads)
-        if layer.mlp_in is not None:
-            yield mlp_gradient(sites, i, values, grads)
-    yield grads[sites.final][None]
 
 
 def _source_product(sites: Sites, corrupt: Store, clean: Store) -> Product:

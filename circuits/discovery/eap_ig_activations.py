@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.discovery.activations import Store, source_differences
-from circuits.discovery.attribution import Plan, Product, Term, effects_of, gradients_by_layer, integration_points
+from circuits.discovery.attribution import Plan, Term, effects_of, integration_points
 from circuits.discovery.circuit import Circuit
+from circuits.discovery.edge_products import Product, answer_positions, gradients_by_layer
 from circuits.discovery.gradient_rules import GradientRules, rules_details
 from circuits.discovery.metrics import Metric, is_distance, logit_difference, name_of
 from circuits.discovery.sites import Sites, sites_of
@@ -90,7 +91,7 @@ def eap_ig_activations(
 
 def _along_activations(points: list[float]) -> Plan:
     def plan(sites: Sites, corrupt: Store, clean: Store) -> list[Term]:
-        differences = source_differences(sites, corrupt, clean).transpose(0, 1).flatten(2)
+        differences = source_differences(sites, corrupt, clean).transpose(0, 1)
         terms: list[Term] = []
         for name, first, last in _groups(sites):
             product = _product(sites, differences, first, last, len(points))
@@ -113,7 +114,7 @@ def _groups(sites: Sites) -> list[tuple[str, int, int]]:
 
 
 def _product(
-    sites: Sites, differences: Float[Tensor, "batch source flat"], first: int, last: int, n_points: int
+    sites: Sites, differences: Float[Tensor, "batch source pos d_model"], first: int, last: int, n_points: int
 ) -> Product:
     """Prepare the product of some sources' differences with the gradients of the readers that see them."""
     graph = sites.graph
@@ -122,10 +123,10 @@ def _product(
     def product(values: Store, grads: Store) -> Float[Tensor, "batch edge"]:
         dense = differences.new_zeros(len(differences), len(graph.readers), len(graph.sources))
         at = 0
-        for gradient in gradients_by_layer(sites, values, grads):
+        for gradient, here in gradients_by_layer(sites, values, grads, answer_positions(sites, grads)):
             rows = gradient.to(differences.dtype).transpose(0, 1).flatten(2)
             if graph.visible[at] >= last:
-                found = torch.bmm(rows, differences[:, first:last].transpose(1, 2))
+                found = torch.bmm(rows, differences[:, first:last, here].flatten(2).transpose(1, 2))
                 dense[:, at : at + rows.shape[1], first:last] = found / n_points
             at += rows.shape[1]
         return dense[:, reader, source]

@@ -194,6 +194,8 @@ def is_flat(metric: Metric, logits: Float[Tensor, "batch pos d_vocab_out"], pair
     Raises:
         BadInput: it does not depend on the logits.
     """
+    if metric is logit_difference:
+        return False  # linear in the logits: its slope is the same everywhere
     rows = torch.arange(len(pairs), device=logits.device)
     found = logits[rows, pairs.position.to(logits.device)].detach()
     found = found.to(torch.promote_types(found.dtype, torch.float32))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -86,25 +88,44 @@ class Layer:
     @cached_property
     def W_back(self) -> tuple[Float[Tensor, "_ d_head d_model"], ...]:
         """The weights that carry a gradient from q, k and v to the standardised input of the norm."""
-        back = [W if self.norm.weight is None else W * self.norm.weight[:, None] for W in self.W]
+        back = [W.transpose(1, 2).contiguous() for W in self.W]
+        back = [W if self.norm.weight is None else W * self.norm.weight for W in back]
         if self.norm.kind == "LN":
             # centring is a projection: applied to the weights once, it need not be applied to every gradient
-            back = [W - W.mean(1, keepdim=True) for W in back]
-        return tuple(W.transpose(1, 2).contiguous() for W in back)
+            back = [W - W.mean(-1, keepdim=True) for W in back]
+        return tuple(back)
 
     @cached_property
     def offsets(self) -> tuple[Float[Tensor, "_ d_head"] | None, ...]:
         """What q, k and v are at a standardised input of zero."""
         if self.norm.bias is None:
             return self.b
-        pairs = [(torch.einsum("d,hde->he", self.norm.bias, W), b) for W, b in zip(self.W, self.b, strict=True)]
+        pairs = [(self.norm.bias @ W, b) for W, b in zip(self.W, self.b, strict=True)]
         return tuple(offset if b is None else offset + b for offset, b in pairs)
 
     def project(self, which: int, x: Float[Tensor, "*batch _ pos d_model"]) -> Float[Tensor, "*batch head pos d_head"]:
         """Return q (0), k (1) or v (2) from residual inputs that differ by head."""
-        out = self.norm(x) @ self.W[which]
+        return self.project_normed(which, self.norm(x))
+
+    def project_normed(
+        self, which: int, y: Float[Tensor, "*batch _ pos d_model"]
+    ) -> Float[Tensor, "*batch head pos d_head"]:
+        """Return q (0), k (1) or v (2) from what the norm gives."""
+        out = y @ self.W[which]
         b = self.b[which]
         return out if b is None else out + b[:, None, :]
+
+
+@dataclass(frozen=True, eq=False)
+class Writer:
+    """Neighbouring sources that are written at one hook."""
+
+    hook: str
+    first: int
+    """The number of the first of them."""
+    n: int
+    parts: Layer | Neurons | None = None
+    """Whose heads, or which neurons, they are; None where the hook gives what the one source writes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,17 +138,25 @@ class Sites:
     layers: tuple[Layer, ...]
     final: str
 
+    @cached_property
+    def writers(self) -> tuple[Writer, ...]:
+        """Where all sources are written, in their order."""
+        found: list[tuple[str, int, Layer | Neurons | None]] = [(self.embed, 1, None)]
+        if self.pos_embed is not None:
+            found.append((self.pos_embed, 1, None))
+        for layer in self.layers:
+            found.append((layer.z, len(layer.W_O), layer))
+            if layer.neurons is not None:
+                found.append((layer.neurons.post, layer.n_mlp_sources, layer.neurons))
+            elif layer.mlp_out is not None:
+                found.append((layer.mlp_out, 1, None))
+        firsts = accumulate((n for _, n, _ in found), initial=0)
+        return tuple(Writer(hook, first, n, parts) for (hook, n, parts), first in zip(found, firsts, strict=False))
+
     @property
     def source_hooks(self) -> list[str]:
         """The hooks whose values determine every source's output."""
-        names = [self.embed] if self.pos_embed is None else [self.embed, self.pos_embed]
-        for layer in self.layers:
-            names.append(layer.z)
-            if layer.neurons is not None:
-                names.append(layer.neurons.post)
-            elif layer.mlp_out is not None:
-                names.append(layer.mlp_out)
-        return names
+        return [writer.hook for writer in self.writers]
 
     @property
     def reader_hooks(self) -> list[str]:
@@ -155,16 +184,14 @@ def sites_of(model: HookedModel, *, neurons: bool = False) -> Sites:
         UnsupportedModel: a hook or weight is missing, named in the message.
         BadInput: the model would drop activations at random.
     """
-    dropping = [
-        name
-        for name, m in getattr(model, "named_modules", lambda: [])()
-        if isinstance(m, torch.nn.Dropout) and m.training and m.p > 0
-    ]
+    modules = list(getattr(model, "named_modules", lambda: [])())
+    training = [(name, m) for name, m in modules if m.training]
+    dropping = [name for name, m in training if isinstance(m, torch.nn.Dropout) and m.p > 0]
     dropping += [
         f"{name}.{attribute}"
-        for name, m in getattr(model, "named_modules", lambda: [])()
+        for name, m in training
         for attribute in ("attention_dropout", "attn_dropout", "dropout_p")
-        if m.training and isinstance(getattr(m, attribute, None), float) and getattr(m, attribute) > 0
+        if isinstance(getattr(m, attribute, None), float) and getattr(m, attribute) > 0
     ]
     if dropping:
         raise BadInput(f"dropout is active in {dropping[0]}: call model.eval() first")
@@ -263,14 +290,13 @@ def check_exact(sites: Sites, store: Mapping[str, Tensor]) -> None:
     stream = stream if sites.pos_embed is None else stream + values[sites.pos_embed]
     for i, layer in enumerate(sites.layers):
         _compare(values[layer.resid], stream, f"blocks.{i}.hook_resid_pre", "the sum of the sources before it")
-        heads_in = values[layer.resid][:, None]
+        normed = layer.norm(values[layer.resid])
         for j, name in enumerate(layer.qkv):
-            expected = layer.project(j, heads_in).transpose(1, 2)
+            expected = layer.project_normed(j, normed[:, None]).transpose(1, 2)
             _compare(values[name], expected, name, "the projection of the normalised stream")
         if layer.shares_norm and layer.mlp_in is not None:
-            normed = layer.norm(values[layer.resid])
             _compare(values[layer.mlp_in], normed, layer.mlp_in, "the normalised stream that attention reads")
-        stream = stream + torch.einsum("bphe,hed->bpd", values[layer.z], layer.W_O)
+        stream = stream + values[layer.z].flatten(2) @ layer.W_O.flatten(0, 1)
         stream = stream if layer.b_O is None else stream + layer.b_O
         if layer.neurons is not None and layer.mlp_out is not None:
             written = values[layer.neurons.post] @ layer.neurons.W_out.to(stream.dtype)
@@ -284,10 +310,10 @@ def _compare(got: Tensor, expected: Tensor, name: str, what: str) -> None:
     if got.shape != expected.shape:
         raise UnsupportedModel(f"{name} has shape {tuple(got.shape)}: expected {tuple(expected.shape)}, {what}")
     wide = torch.promote_types(got.dtype, torch.float32)
-    error = (got.to(wide) - expected.to(wide)).norm()
+    error, size = torch.stack([(got.to(wide) - expected.to(wide)).norm(), got.to(wide).norm()]).tolist()
     tolerance = 1e-3 if got.dtype in (torch.float32, torch.float64) else 3e-2
-    if torch.isfinite(error) and error > tolerance * got.to(wide).norm() + 1e-6:
+    if math.isfinite(error) and error > tolerance * size + 1e-6:
         raise UnsupportedModel(
-            f"{name} is not {what} (off by {float(error / got.to(wide).norm()):.1e} of its norm): the model has a "
+            f"{name} is not {what} (off by {error / size if size else math.inf:.1e} of its norm): the model has a "
             f"part that edges cannot represent, such as a norm or a scale after attention, or a hook edits it"
         )

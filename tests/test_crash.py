@@ -20,6 +20,33 @@ from circuits.errors import Diverged
 from circuits.study import Study, executor, run
 
 KILLS = 10
+RUNS = 3
+TINY = """
+name = "tiny"
+title = "Three runs of seconds"
+seeds = [0, 1]
+
+[[recipe]]
+name = "answer"
+stages = [{ objective = "answer", weight_decay = 1.0 }]
+
+[[cell]]
+name = "a + b mod 7"
+task = { name = "modular-addition", p = 7, block = 2, train_fraction = 0.7 }
+model = { d_model = 16, n_heads = 2 }
+recipes = ["answer"]
+stage = { steps = 60, learning_rate = 1e-2 }
+why = "Too few steps to learn anything, enough to be killed at."
+
+[[cell]]
+name = "1-digit addition"
+task = { name = "digit-addition", digits = 1, block = 0.2 }
+model = { d_model = 16, n_heads = 2 }
+recipes = ["answer"]
+stage = { steps = 60, learning_rate = 1e-2, batch_size = 64 }
+seeds = [0]
+why = "The same for a task whose answer has several tokens."
+"""
 
 
 @dataclass(frozen=True)
@@ -125,7 +152,7 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         os.setsid()
-        study.run("smoke", out=line.strip(), workers=2, progress=False)
+        study.run(sys.argv[1], out=line.strip(), workers=2, progress=False)
         os._exit(0)
     print(child, flush=True)
     print(os.waitpid(child, 0)[1], flush=True)
@@ -135,9 +162,9 @@ for line in sys.stdin:
 class Driver:
     """A process that has everything loaded, and runs studies in process groups of their own."""
 
-    def __init__(self) -> None:
+    def __init__(self, preset: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore::DeprecationWarning", "-c", DRIVER],
+            [sys.executable, "-W", "ignore::DeprecationWarning", "-c", DRIVER, str(preset)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -155,8 +182,15 @@ class Driver:
 
 
 @pytest.fixture(scope="module")
-def driver() -> Iterator[Driver]:
-    driver = Driver()
+def preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("preset") / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def driver(preset: Path) -> Iterator[Driver]:
+    driver = Driver(preset)
     yield driver
     assert driver.process.stdin and driver.process.stdout
     driver.process.stdin.close()
@@ -218,10 +252,10 @@ def test_a_study_killed_ten_times_ends_as_an_undisturbed_one(
         killed = driver.wait() == signal.SIGKILL
         now = finished(folder)
         assert now.items() >= kept.items(), "a finished run was lost or done again"
-        assert not (folder / "results.parquet").exists() or len(Study.load(folder).table) == 5
-        in_the_middle += killed and any(folder.glob("runs/*")) and len(now) < 5
+        assert not (folder / "results.parquet").exists() or len(Study.load(folder).table) == RUNS
+        in_the_middle += killed and any(folder.glob("runs/*")) and len(now) < RUNS
         kept = now
-        if not killed or len(now) == 5:
+        if not killed or len(now) == RUNS:
             pd.testing.assert_frame_equal(complete(driver, folder), undisturbed.table)
             number, kept = number + 1, {}
     assert in_the_middle >= 3, "too few kills hit a study at work"
@@ -236,15 +270,17 @@ def complete(driver: Driver, folder: Path) -> pd.DataFrame:
     return numbers(folder)
 
 
-def test_the_command_line_survives_a_kill_of_its_process_group(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "circuits.cli", "study", "smoke", "--out", str(tmp_path)]
+def test_the_command_line_survives_a_kill_of_its_process_group(
+    undisturbed: Undisturbed, preset: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "circuits.cli", "study", str(preset), "--out", str(tmp_path)]
     first = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("runs/*/config.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(first.pid, signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
-    again = run("smoke", out=tmp_path, progress=False)
+    again = run(preset, out=tmp_path, progress=False)
     assert again.table["status"].eq("done").all()
     pd.testing.assert_frame_equal(numbers(tmp_path), undisturbed.table)
     assert weights(tmp_path) == undisturbed.weights

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from circuits.errors import BadInput, CorruptRun, UnknownName
+from circuits.errors import BadInput, CorruptRun, UnknownName, UnsupportedModel
 from circuits.mechanisms.accuracy import accuracy_gate, block_gap
 from circuits.mechanisms.carry_cascade import carry_cascade
 from circuits.mechanisms.circles import circularity, isolated_circles
@@ -209,7 +209,13 @@ def explain(model: Any, task: Task, *, seed: int = 0, budget: str = "full", prog
             break
         started = time.perf_counter()
         if name in (*DECIDING, *DIGITS, *DESCRIBING, *MODULAR):
-            readings = readings or read(model, task, seed=seed)
+            try:
+                readings = readings or read(model, task, seed=seed)
+            except UnsupportedModel as error:
+                verdict = decide(tuple(items))
+                return dataclasses.replace(
+                    verdict, why=f"{verdict.why.rstrip()} No test of mechanism applies: {error}."
+                )
             evidence = TESTS[name](model, task, seed=seed, readings=readings)
         else:
             evidence = TESTS[name](model, task, seed=seed)

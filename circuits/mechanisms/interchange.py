@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from circuits._stats import wilson_interval
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.functional_form import circle_length, most_frequencies, wave_frequencies
 from circuits.mechanisms.operand_parts import (
+    along,
     class_parts,
     digit_components,
     digit_swapped,
@@ -33,6 +34,8 @@ PAIRS = 2000
 HOLDS = RULE.interchange
 LATER = 0.05
 """By so much more swaps must hold at a later layer for it to be looked at."""
+STANDS_OUT = 2
+"""By this factor a frequency's power in the states exceeds that of the quieter quarter."""
 CONTROLS = 5
 TEN = 10
 
@@ -166,6 +169,20 @@ def candidates(model: Any, task: Task, readings: Readings, chosen: Swap, *, seed
     return known
 
 
+def along_directions(at: Candidates) -> Candidates:
+    """The same candidates, each as all that the state holds along the directions of its part."""
+    return replace(at, found=[replace(one, component=along(at.states, one.component)) for one in at.found])
+
+
+def _either(model: Any, task: Task, at: Candidates, chosen: Swap) -> Candidates:
+    """The same candidates, each as the part that works better on the chosen swaps: by functions, or by directions."""
+    better = []
+    for candidate, other in zip(at.found, along_directions(at).found, strict=True):
+        shares = [_share(*at.holds(model, task, chosen, one)) for one in (candidate, other)]
+        better.append(other if shares[1] > shares[0] else candidate)
+    return replace(at, found=better)
+
+
 def _most_that_hold(model: Any, task: Task, at: Candidates, chosen: Swap) -> float:
     """The share of swaps that hold for the best algorithm: all of whose variables have to."""
     by = {candidate.name: _share(*at.holds(model, task, chosen, candidate)) for candidate in at.found}
@@ -204,7 +221,7 @@ def _candidates_at(model: Any, task: Task, readings: Readings, hook: str, chosen
         for variable, part in zip(classed, class_parts(states, list(classed.values())), strict=True):
             found.append(Candidate(variable.name.replace(" ", "_"), part, _swapped_variable(variable)))
     base, digits = _best_digits(model, task, readings, hook, states, chosen)
-    return Candidates(hook, states, found + digits, used, base)
+    return _either(model, task, Candidates(hook, states, found + digits, used, base), chosen)
 
 
 def digit_bases(task: Task, readings: Readings, states: Float[Tensor, "n d"]) -> list[int]:
@@ -272,7 +289,10 @@ def _fewest_frequencies(
     }
     order = first + [k for k in sorted(power, key=lambda k: -power[k]) if k not in first]
     rank = orthonormal(centred.T).shape[1]
-    most = max(1, min(most_frequencies(model, task, readings, modulus, seed=seed), rank // 2))
+    # frequencies that stand out of the embedding may be more than neurons that are waves over the whole square
+    quiet = sorted(power.values())[len(power) // 4]
+    clear = sum(value > STANDS_OUT * quiet for value in power.values())
+    most = max(1, min(max(clear, most_frequencies(model, task, readings, modulus, seed=seed)), rank // 2))
     part = torch.zeros_like(states)
     size = max(1, min(len(first), most))
     while size <= most:
@@ -291,7 +311,8 @@ def interchange(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
     grows with it in a line (the same prediction), every declared variable with fewer classes than values (units digit,
     tens digit; prediction: only that digit is swapped), and, where nothing wraps around, the two digits in the base in
     which swaps work best (of ten and the bases that fit the states and the neurons best). A candidate is the part of
-    the state that is linear in the variable's functions of the operand, by least squares over the operand's values.
+    the state that is linear in the variable's functions of the operand, by least squares over the operand's values, or
+    all that the state holds along the directions of that part: what works better on swaps that are not judged.
     States are those of the embedding or, where no swap works there and the model has several layers, behind the first
     of them (``site``). Accuracies are shares of the accuracy on intact inputs, which no swap can exceed but by luck,
     and at most 1. ``control`` swaps the part that as many random functions of the operand explain, and asks for the
@@ -330,8 +351,12 @@ def interchange(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
         "digit_base": at.digit_base,
         "rank": best.rank,
         "frequencies_rank": moving.rank,
+        "n_values": len(at.states),
         "frequencies_control": random_control(model, task, at, other, moving, seed + 1),
     }
+    if at.digit_base is not None:
+        pair = [at[f"{name}_digit_of_a"] for name in ("low", "high")]
+        details["digits_control"] = max(random_control(model, task, at, other, one, seed + 2) for one in pair)
     low, high = (min(1.0, end / max(accuracy, 1e-12)) for end in wilson_interval(*results[best.name]))
     return Evidence(
         test="interchange",

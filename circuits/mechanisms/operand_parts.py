@@ -106,6 +106,16 @@ def _one_hot(values: Int[Tensor, " n"]) -> Float[Tensor, "n k"]:
     return torch.nn.functional.one_hot(values).float()
 
 
+def along(states: Float[Tensor, "n d"], part: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """What states hold along the directions that a part of them spans, whatever functions of the value it is.
+
+    Where a code lies in directions of its own, this leaves alone what else the state holds of the value; ``part_of``
+    moves of that what is linear in the same functions.
+    """
+    basis = orthonormal((part - part.mean(0)).T)
+    return states @ basis @ basis.T
+
+
 def waves(
     like: Tensor, index: Int[Tensor, " n"], kept: Bool[Tensor, " n"], frequencies: list[int], modulus: int
 ) -> Float[Tensor, "n k"]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from circuits._stats import wilson_interval
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.interchange import Candidate, Candidates, Swap, candidates, draw_swaps
+from circuits.mechanisms.interchange import Candidate, Candidates, Swap, along_directions, candidates, draw_swaps
 from circuits.mechanisms.operand_parts import random_part
 from circuits.mechanisms.readings import Readings, read
 from circuits.mechanisms.thresholds import RULE
@@ -147,12 +147,14 @@ def region_interchange(model: Any, task: Task, *, seed: int = 0, readings: Readi
     swaps = draw_swaps(model, task, n=SWAPS, seed=seed + 7)
     thirds = [Swap(swaps.base[i::3], swaps.source[i::3], swaps.right[i::3]) for i in range(3)]
     at = candidates(model, task, readings, thirds[0], seed=seed)
-    by_name = {candidate.name: candidate for candidate in at.found}
+    # both ways to part a state: where an algorithm lies over a list, one of them moves less of the list
     results = []
-    for algorithm, names in ALGORITHMS.items():
-        if set(names) <= set(by_name):
-            variables = [by_name[name] for name in names]
-            results.append(_judged(model, task, readings, at, algorithm, variables, thirds, seed))
+    for of in (at, along_directions(at)):
+        by_name = {candidate.name: candidate for candidate in of.found}
+        for algorithm, names in ALGORITHMS.items():
+            if set(names) <= set(by_name):
+                variables = [by_name[name] for name in names]
+                results.append(_judged(model, task, readings, of, algorithm, variables, thirds, seed))
     if any(r["algorithm"] == "number-line" and r["inside"] >= PASSES for r in results):
         # one direction that carries the operand carries its digits too
         results = [r for r in results if r["algorithm"] != "columns"]

@@ -66,9 +66,10 @@ def decide(items: tuple[Evidence, ...], rule: Thresholds = RULE) -> Verdict:
 
 
 def _memorised(gate: Evidence, rule: Thresholds) -> bool:
-    """Whether unseen pairs, mirror images set aside, are wrong, or right no more often than by luck."""
-    low = gate.number("unmirrored_low", 1.0)
-    return gate.number("unmirrored") < rule.memorised_unseen or low < gate.number("chance", 0.0) + rule.memorised_luck
+    """Whether unseen pairs, mirror images set aside, are wrong, or so few that they could be right by luck."""
+    unmirrored, low = gate.number("unmirrored"), gate.number("unmirrored_low", 1.0)
+    by_luck = low < gate.number("chance", 0.0) + rule.memorised_luck
+    return unmirrored < rule.memorised_unseen or (unmirrored < rule.memorised_few and by_luck)
 
 
 def _memorisation(
@@ -207,12 +208,14 @@ def _swap_control(swap: Evidence, rule: Thresholds) -> bool:
     """Whether a swap of frequencies is about the frequencies, and not about so many dimensions.
 
     Either as many random functions of the operand do not carry it; or, where there are many frequencies and random
-    functions overlap them, the rest of the state does not carry it.
+    functions overlap them, the rest of the state does not carry it. Where there are hardly any functions of so few
+    values besides, random ones say nothing.
     """
     if swap.number("frequencies_control") <= rule.interchange_control:
         return True
     rest, random = swap.number("frequencies_complement"), swap.number("frequencies_control")
-    return rest <= rule.interchange_complement and random <= rule.interchange_random
+    spare = swap.number("n_values") - 1 - swap.number("frequencies_rank")
+    return rest <= rule.interchange_complement and (random <= rule.interchange_random or spare <= rule.spare_functions)
 
 
 def _spectrum_agrees(form: Evidence, spectrum: Evidence, rule: Thresholds) -> bool:
@@ -279,6 +282,7 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
     low, high = swap.number("low_digit_of_a"), swap.number("high_digit_of_a")
     units, tens = swap.number("units_digit_of_a"), swap.number("tens_digit_of_a")
     base = swap.number("digit_base")
+    wraps = base != base
     if min(units, tens) >= rule.interchange:
         low, high, base = units, tens, 10
     # Swaps say how the operands are stored. A list of pairs, or ranges, of numbers stored by digits adds no columns.
@@ -286,7 +290,9 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
     own = by.get("digit-neurons")
     counted = own is not None and own.value >= rule.interchange and (own.control or 0) <= rule.interchange_control
     listed = any(by[test].passed for test in ("pair-lookup", *HEURISTICS) if test in by) and not counted
-    passes = min(low, high) >= rule.interchange and swap.number("line") <= rule.columns_line and not listed
+    # A base: none where answers wrap around. Random functions: few values leave nearly all of a state to a digit.
+    apart = swap.number("digits_control", 0.0) <= rule.digits_random and not wraps
+    passes = min(low, high) >= rule.interchange and swap.number("line") <= rule.columns_line and apart and not listed
     return passes, (
         f"swapping the low or the high digit alone, in base {base:.0f}, changes the answer as predicted in {low:.0%} "
         f"and {high:.0%}"

@@ -9,11 +9,12 @@ VERSION = "arithmetic-6"
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Every number that the rule and the tests that it reads compare with; shares of one."""
+    """Every number that the rule and the tests that it reads compare with; shares, but for ``spare_functions``."""
 
     learned_train: float = 0.95
     generalises: float = 0.95
     memorised_unseen: float = 0.2
+    memorised_few: float = 0.35
     memorised_luck: float = 0.10
     errs_learned: float = 0.50
     errs_alike: float = 0.05
@@ -25,6 +26,8 @@ class Thresholds:
     interchange_control: float = 0.10
     interchange_complement: float = 0.10
     interchange_random: float = 0.75
+    spare_functions: float = 2
+    digits_random: float = 0.50
     line_interchange: float = 0.95
     columns_line: float = 0.50
     hinge_share: float = 0.75

@@ -114,8 +114,8 @@ def test_a_sum_is_right_if_each_of_its_digits_is(built: Any) -> None:
 def test_swaps_call_for_a_third_digit_on_sums_that_are_right() -> None:
     model, task, _ = MISSING
     for variable, column in inner_variables(task):
-        swaps, state = draw_right_swaps(model, task, variable, column, seed=3)
-        assert len(swaps.predicted) == len(state) == 400
+        swaps, base, source = draw_right_swaps(model, task, variable, column, seed=3)
+        assert len(swaps.predicted) == len(base) == len(source) == 400
         with torch.no_grad():
             for inputs in (swaps.base, swaps.source):
                 assert not (model(inputs)[:, swaps.position].argmax(-1) == swaps.predicted).any()

@@ -149,7 +149,8 @@ def knockout(model: Any, task: Task, *, seed: int = 0, readings: Readings | None
         "labelled": float(found.matches.classified().float().mean()),
     }
     details |= _classes(model, answer_tokens, readings, right, found.neurons, found.matches, generator)
-    return _evidence(value, interval, over_prompts(null, "matched", seed=seed)[0], details, start)
+    control = over_prompts(null, "matched", seed=seed)[0]
+    return _evidence(value, interval, None if control != control else control, details, start)
 
 
 def over_prompts(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 Edge = tuple[str, str]
@@ -32,6 +32,25 @@ class CausalModel:
     """From component to component; the position embedding counts where an attention has to find a position."""
     steps: int = 1500
     """Of training."""
+    n_layers: int = 2
+    d_model: int = 32
+    d_mlp: int = 64
+    normalization: str | None = None
+    strict: bool = False
+    """Whether training swaps sets of variables, and fixes the logits: what changes no answer is to change no logit."""
+    flat: tuple[str, ...] = ()
+    """Variables whose components are to act as steps: a move of up to 0.4 of the way changes nothing."""
+    needed: tuple[Edge, ...] | None = None
+    """Those of ``edges`` that the answer needs, where others cancel; None: all, those that stand in for others too."""
+    differ: Callable[[Values, Values], Bool[Tensor, " batch"]] | None = None
+    """Which clean and corrupt inputs, by their variables, make a pair; None: those with different answers."""
+    n_answers: int | None = None
+    """Logits, from the first, that the answer is among; the others are for the ``second answer`` that ``run`` gives."""
+
+
+def _reads(head: str, *sources: str) -> tuple[Edge, ...]:
+    """A head that finds a position, and reads there what a source wrote."""
+    return tuple((source, head) for source in (*(sources or ("embed",)), "pos_embed"))
 
 
 def _with_equals(tokens: Int[Tensor, "batch operand"], sign: int) -> Tokens:
@@ -100,6 +119,89 @@ def _lookup(tokens: Tokens, swap: Values) -> dict[str, Tensor]:
     return {"found": found, "answer": found}
 
 
+def _three_of_four(n: int, generator: torch.Generator) -> Tokens:
+    return _with_equals(torch.randint(4, (n, 3), generator=generator), 4)
+
+
+def _majority(tokens: Tokens, swap: Values) -> dict[str, Tensor]:
+    copies = [swap.get(f"first, copy {i}", tokens[:, 0]) for i in range(3)]
+    first = torch.where(copies[1] == copies[2], copies[1], copies[0])
+    second = swap.get("second", tokens[:, 1])
+    total = swap.get("total", (first + second) % 4)
+    return {f"first, copy {i}": copy for i, copy in enumerate(copies)} | {
+        "second": second, "total": total, "answer": total
+    }  # fmt: skip
+
+
+def _either(tokens: Tokens, swap: Values) -> dict[str, Tensor]:
+    one, three = swap.get("first of the left", tokens[:, 0]), swap.get("first of the right", tokens[:, 2])
+    left, right = swap.get("left", (one == tokens[:, 1]).long()), swap.get("right", (three == tokens[:, 3]).long())
+    moved = swap.get("left at the end", left), swap.get("right at the end", right)
+    out = {"first of the left": one, "first of the right": three, "left": left, "right": right}
+    out |= {"left at the end": moved[0], "right at the end": moved[1]}
+    either = swap.get("either", moved[0] | moved[1])
+    return out | {"either": either, "answer": either}
+
+
+def _both_and_neither(clean: Values, corrupt: Values) -> Bool[Tensor, " batch"]:
+    return (clean["left"] & clean["right"] == 1) & (corrupt["left"] | corrupt["right"] == 0)
+
+
+def _flag_and_two(n: int, generator: torch.Generator) -> Tokens:
+    flag, two = torch.randint(2, (n, 1), generator=generator), torch.randint(4, (n, 2), generator=generator)
+    return _with_equals(torch.cat([flag, two], 1), 4)
+
+
+def _switch(tokens: Tokens, swap: Values) -> dict[str, Tensor]:
+    flag, one, other = (swap.get(name, tokens[:, i]) for i, name in enumerate(("flag", "one", "other")))
+    chosen = swap.get("chosen", torch.where(flag == 1, one, other))
+    return {"flag": flag, "one": one, "other": other, "chosen": chosen, "answer": chosen}
+
+
+def _three(n: int, generator: torch.Generator) -> Tokens:
+    return _with_equals(torch.randint(5, (n, 3), generator=generator), 5)
+
+
+def _two_and_a_bit(n: int, generator: torch.Generator) -> Tokens:
+    numbers, bit = torch.randint(5, (n, 2), generator=generator), torch.randint(2, (n, 1), generator=generator)
+    return _with_equals(torch.cat([numbers, bit], 1), 5)
+
+
+def _relay(tokens: Tokens, swap: Values) -> dict[str, Tensor]:
+    bit, out = tokens[:, 0] % 2, {}
+    for name in ("odd", "moved", "renewed", "at the end", "said"):
+        out[name] = bit = swap.get(name, bit)
+    return out | {"answer": bit}
+
+
+def _cancel(tokens: Tokens, swap: Values) -> dict[str, Tensor]:
+    one, other = swap.get("one", tokens[:, 0]), swap.get("other", tokens[:, 1])
+    plus, minus = swap.get("plus", tokens[:, 2]), swap.get("minus", tokens[:, 2])
+    total = swap.get("total", (one + other + plus - minus) % 5)
+    return {"one": one, "other": other, "plus": plus, "minus": minus, "total": total, "answer": total}
+
+
+def _all_changed(clean: Values, corrupt: Values) -> Bool[Tensor, " batch"]:
+    changed = [clean[name] != corrupt[name] for name in ("one", "other", "plus", "total")]
+    return torch.stack(changed).all(0)
+
+
+def _two_sums(n: int, generator: torch.Generator) -> Tokens:
+    exception, numbers = torch.randint(8, (n, 1), generator=generator), torch.randint(3, (n, 4), generator=generator)
+    return _with_equals(torch.cat([exception, numbers], 1), 8)
+
+
+def _crowd(tokens: Tokens, swap: Values) -> dict[str, Tensor]:
+    numbers = [swap.get(name, tokens[:, i + 1]) for i, name in enumerate(("one", "other", "third", "fourth"))]
+    sums = (numbers[0] + numbers[1]) % 3 + 3 * ((numbers[2] + numbers[3]) % 3)
+    sums = swap.get("sums", sums)
+    exception = swap.get("exception", (tokens[:, 0] == 7).long())
+    answer = swap.get("corrected", (sums % 3 + exception) % 3)
+    out = dict(zip(("one", "other", "third", "fourth"), numbers, strict=True))
+    out |= {"sums": sums, "exception": exception, "corrected": answer}
+    return out | {"answer": answer, "second answer": sums // 3}
+
+
 CAUSAL_MODELS: dict[str, CausalModel] = {
     "sum": CausalModel(
         "the sum of two numbers modulo 5",
@@ -139,6 +241,67 @@ CAUSAL_MODELS: dict[str, CausalModel] = {
         {"found": ("a1.h3", (4,))},
         (("embed", "a0.h1"), ("pos_embed", "a0.h1"), ("a0.h1", "a1.h3"), ("embed", "a1.h3"), ("a1.h3", "logits")),
         steps=2500,
+    ),
+    # while two copies agree the third is idle: no single one of their edges has an effect
+    "hard-majority": CausalModel(
+        "the sum of two numbers modulo 4, the first of them by the majority of three copies",
+        5, 4, _three_of_four, _majority,
+        {"first, copy 0": ("a0.h0", (3,)), "first, copy 1": ("a0.h1", (3,)), "first, copy 2": ("a0.h2", (3,)),
+         "second": ("a1.h2", (3,)), "total": ("m1", (3,))},
+        (*_reads("a0.h0"), *_reads("a0.h1"), *_reads("a0.h2"), *_reads("a1.h2"),
+         ("a0.h0", "m1"), ("a0.h1", "m1"), ("a0.h2", "m1"), ("a1.h2", "m1"), ("m1", "logits")),
+        steps=4000, d_mlp=128, strict=True,
+    ),
+    # on pairs that change both, each way alone is idle
+    "hard-either": CausalModel(
+        "whether the tokens of one pair or of the other are equal, where both pairs are or neither is",
+        6, 2, _four_often_equal, _either,
+        {"first of the left": ("a0.h0", (1,)), "first of the right": ("a0.h3", (3,)), "left": ("m0", (1,)),
+         "right": ("m0", (3,)), "left at the end": ("a1.h0", (4,)), "right at the end": ("a1.h2", (4,)),
+         "either": ("m1", (4,))},
+        (*_reads("a0.h0"), *_reads("a0.h3"), ("a0.h0", "m0"), ("a0.h3", "m0"), ("embed", "m0"),
+         *_reads("a1.h0", "m0"), *_reads("a1.h2", "m0"), ("a1.h0", "m1"), ("a1.h2", "m1"), ("m1", "logits")),
+        steps=3000, strict=True, differ=_both_and_neither,
+    ),
+    # steps have no slope at either input
+    "hard-switch": CausalModel(
+        "one of two tokens, as a flag says",
+        5, 4, _flag_and_two, _switch,
+        {"flag": ("a0.h0", (3,)), "one": ("a0.h3", (3,)), "other": ("a0.h1", (3,)), "chosen": ("m1", (3,))},
+        (*_reads("a0.h0"), *_reads("a0.h1"), *_reads("a0.h3"), ("a0.h0", "m1"), ("a0.h1", "m1"), ("a0.h3", "m1"),
+         ("m1", "logits")),
+        steps=5000, d_mlp=128, strict=True, flat=("flag", "one", "other"),
+    ),
+    # steps after steps: no slope at either input, and a steep one at a single point between them
+    "hard-relay": CausalModel(
+        "whether the first token is odd, handed on four times",
+        6, 2, _three, _relay,
+        {"odd": ("m0", (0,)), "moved": ("a1.h1", (1,)), "renewed": ("m1", (1,)), "at the end": ("a2.h2", (3,)),
+         "said": ("m2", (3,))},
+        (("embed", "m0"), *_reads("a1.h1", "m0"), ("a1.h1", "m1"), *_reads("a2.h2", "m1"), ("a2.h2", "m2"),
+         ("m2", "logits")),
+        steps=3000, n_layers=3, strict=True, flat=("odd", "moved", "renewed", "at the end"),
+    ),
+    # each of two terms alone matters, and both together do not: no circuit needs them
+    "hard-cancel": CausalModel(
+        "the sum of two numbers modulo 5, with a bit both added and subtracted",
+        6, 5, _two_and_a_bit, _cancel,
+        {"one": ("a0.h3", (3,)), "other": ("a1.h2", (3,)), "plus": ("a0.h1", (3,)), "minus": ("a1.h0", (3,)),
+         "total": ("m1", (3,))},
+        (*_reads("a0.h3"), *_reads("a1.h2"), *_reads("a0.h1"), *_reads("a1.h0"),
+         ("a0.h3", "m1"), ("a1.h2", "m1"), ("a0.h1", "m1"), ("a1.h0", "m1"), ("m1", "logits")),
+        steps=3000, strict=True, differ=_all_changed,
+        needed=(*_reads("a0.h3"), *_reads("a1.h2"), ("a0.h3", "m1"), ("a1.h2", "m1"), ("m1", "logits")),
+    ),
+    # parts share their directions with those of a task that the pairs do not ask for, and one is rarely used
+    "hard-crowd": CausalModel(
+        "a sum modulo 3 with an exception in one of eight inputs, in little room and beside a second task",
+        9, 6, _two_sums, _crowd,
+        {"one": ("a0.h0", (5,)), "other": ("a0.h1", (5,)), "third": ("a0.h2", (5,)), "fourth": ("a0.h3", (5,)),
+         "sums": ("m0", (5,)), "exception": ("a1.h1", (5,)), "corrected": ("m1", (5,))},
+        (*_reads("a0.h0"), *_reads("a0.h1"), ("a0.h0", "m0"), ("a0.h1", "m0"), ("m0", "m1"), *_reads("a1.h1"),
+         ("a1.h1", "m1"), ("m1", "logits")),
+        steps=6000, d_model=16, normalization="LN", strict=True, n_answers=3,
     ),
 }  # fmt: skip
 """Every causal model by its name."""

@@ -1,8 +1,9 @@
 """Models whose circuit is known: which edges do the work, to check discovery methods on.
 
 Three kinds, by how they are made: programs compiled to weights (``compiled_programs``), models trained until swapping
-a component's output swaps a known variable (``interchange_models``), and a network without any nonlinearity, where
-first-order scores are exact (``linear_network``).
+a component's output swaps a known variable (``interchange_models``; those whose names begin with ``hard`` are built so
+that discovery methods differ), and a network without any nonlinearity, where first-order scores are exact
+(``linear_network``).
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ _Parts = tuple[Transformer, Pairs, frozenset[Edge], frozenset[Edge], bool, dict[
 
 KNOWN_CIRCUITS: dict[str, Callable[..., _Parts]] = {
     **{f"program-{name}": partial(compiled_program, name) for name in PROGRAMS},
-    **{f"interchange-{name}": partial(interchange_model, name) for name in CAUSAL_MODELS},
+    **{
+        name if name.startswith("hard-") else f"interchange-{name}": partial(interchange_model, name)
+        for name in CAUSAL_MODELS
+    },
     "linear": linear_network,
 }
 """Every known circuit by its name: what makes its model, pairs, edges and details from a seed."""
@@ -73,4 +77,6 @@ def describe(name: str) -> str:
         return f"compiled from a program: {PROGRAMS[rest]}"
     if kind == "interchange":
         return f"trained by interchange interventions: {CAUSAL_MODELS[rest].about}"
+    if kind == "hard":
+        return f"trained by interchange interventions so that methods differ: {CAUSAL_MODELS[name].about}"
     return "linear: attention-only, with uniform attention and no norm"

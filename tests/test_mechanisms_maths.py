@@ -271,6 +271,7 @@ def _items(
         (_items(rect=0.8), "heuristics", "range-lookup"),
         (_items(train=0.92, random=0.91, form=0.95, swap=1.0), "algorithm", "fourier"),
         (_items(train=0.92, random=0.91), "not-learned", None),
+        (_items(train=0.7, random=0.69, form=0.95, swap=1.0), "algorithm", "fourier"),
         (_items(train=0.7, random=0.69, rect=0.8), "heuristics", "range-lookup"),
         (_items(train=0.7, random=0.4, rect=0.8), "not-learned", None),
         (_items(random=0.88, rect=0.8), "heuristics", "range-lookup"),

@@ -128,7 +128,7 @@ def _algorithm(
     train, unseen = gate.number("train"), gate.number("random")
     words = candidates[name][1]
     if unseen < rule.generalises:
-        if train - rule.errs_alike <= unseen and unseen >= rule.limited:
+        if train - rule.errs_alike <= unseen and (unseen >= rule.limited or train < rule.learned_train):
             return (
                 "algorithm",
                 name,

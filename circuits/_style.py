@@ -74,7 +74,7 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, s
 
 
 def template() -> go.layout.Template:
-    """Return the house template: clear backgrounds, quiet grid, legends below the title, thin signs in grey."""
+    """Return the house template: clear backgrounds, quiet grid, legends below the plot, thin signs in grey."""
     axis = {"gridcolor": "rgba(127,127,127,0.2)", "zerolinecolor": "rgba(127,127,127,0.35)", "automargin": True}
     return go.layout.Template(
         data={"scatter": [{"marker": {"line": {"color": GREY}}}]},
@@ -86,7 +86,7 @@ def template() -> go.layout.Template:
             "colorway": list(SERIES),
             "xaxis": axis,
             "yaxis": axis,
-            "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
+            "legend": {"orientation": "h", "y": -0.2, "yanchor": "top", "x": 0},
             "margin": {"l": 60, "r": 20, "t": 70, "b": 50},
             "hoverlabel": {"font": {"family": FONT}},
         },

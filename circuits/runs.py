@@ -164,13 +164,19 @@ class Run:
         """Return the training curves: accuracy on each split by step."""
         import plotly.graph_objects as go
 
-        from circuits import _style  # noqa: F401  registers the template
+        from circuits._style import SPLIT_COLOURS
 
-        names = {"accuracy_train": "train", "accuracy_random": "held out at random", "accuracy_block": "held-out block"}
+        names = {"train": "trained pairs", "random": "unseen, at random", "block": "unseen block"}
         lines = [
-            go.Scatter(x=self.metrics["step"], y=self.metrics[column], name=name, mode="lines")
-            for column, name in names.items()
-            if column in self.metrics
+            go.Scatter(
+                x=self.metrics["step"],
+                y=self.metrics[f"accuracy_{split}"],
+                name=name,
+                mode="lines",
+                line_color=SPLIT_COLOURS[split],
+            )
+            for split, name in names.items()
+            if f"accuracy_{split}" in self.metrics
         ]
         figure = go.Figure(lines)
         figure.update_layout(

@@ -257,6 +257,16 @@ def test_a_state_that_was_altered_is_not_gone_on_from(tmp_path, monkeypatch):
         train(tmp_path, resume=True)
 
 
+@pytest.mark.parametrize("line", [b"{\n", b"[1]\n", b'{"step": 3}\n'])
+def test_a_damaged_log_is_not_gone_on_from(tmp_path, line):
+    with pytest.raises(KeyboardInterrupt):
+        stopped(tmp_path, after=9, save_every=-1.0)
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(line + log.read_bytes())
+    with pytest.raises(CorruptRun, match="metrics.jsonl is"):
+        train(tmp_path, resume=True)
+
+
 def test_checkpoints_that_a_finished_run_lacks_are_not_passed_over(tmp_path):
     run = train(tmp_path, checkpoints=(5,))
     assert 5 in run.checkpoints

@@ -226,7 +226,6 @@ def draw_faithfulness(result: Faithfulness, *, log: bool = False) -> go.Figure:
         | ({"type": "log", "range": [log10(smallest), 0.02]} if log else {"range": [0, 1.01]}),
         # Intervals may be as wide as they like; the curve decides what is shown.
         yaxis={"title": f"share of the {result.metric} gap recovered", "range": [low - 0.1, high + 0.2]},
-        legend={"orientation": "h", "y": -0.2, "yanchor": "top"},
     )
     return figure
 
@@ -261,7 +260,6 @@ def draw_completeness(result: Completeness) -> go.Figure:
         f"<br><sup>{result.n_edges} edges, {result.n_pairs} pairs</sup>",
         xaxis={"title": f"model without the edges (share of the {result.metric} gap)", "range": [low, high]},
         yaxis={"title": "circuit without the edges (same unit)", "range": [low, high]},
-        legend={"orientation": "h", "y": -0.2, "yanchor": "top"},
     )
     return figure
 

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from circuits import objectives
-from circuits._io import atomic_write, is_file, make_directory, read_bytes, read_json, storage_errors, to_json
+from circuits._io import (
+    atomic_write,
+    is_file,
+    make_directory,
+    parse_json,
+    read_bytes,
+    read_json,
+    storage_errors,
+    to_json,
+)
 from circuits.errors import CorruptRun, Diverged, IncompatibleRun
 from circuits.model import ModelConfig, Transformer, save
 from circuits.objectives import Objective, Recipe
@@ -213,6 +222,7 @@ def _begin(folder: Path, config: RunConfig, *, resume: bool) -> tuple[Transforme
     going_on = resume and is_file(folder / "config.json") and is_file(folder / STATE)
     start = load_state(folder) if going_on else (Transformer(config.model, seed=config.seed), Position(), None)
     position = start[1]
+    log = _logged(folder) if going_on else []
     make_directory(folder / "checkpoints")
     with storage_errors(folder):
         if not going_on:
@@ -222,10 +232,8 @@ def _begin(folder: Path, config: RunConfig, *, resume: bool) -> tuple[Transforme
         for file in (folder / "checkpoints").glob("step-*.safetensors"):
             if _step(file) > position.step:
                 file.unlink()
-        log = folder / "metrics.jsonl"
-        lines = log.read_bytes().splitlines(keepends=True) if is_file(log) else []
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= position.step]
-        atomic_write(log, b"".join(kept))
+        kept = [line for line, record in log if record["step"] <= position.step]
+        atomic_write(folder / "metrics.jsonl", b"".join(kept))
         if position.step == 0:
             shutil.rmtree(folder / "analysis", ignore_errors=not (folder / "analysis").exists())
     return start
@@ -233,8 +241,22 @@ def _begin(folder: Path, config: RunConfig, *, resume: bool) -> tuple[Transforme
 
 def _best_accuracy(folder: Path) -> float:
     """The best accuracy logged so far, so that a resumed run does not keep a first reaching twice."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return max((json.loads(line)["accuracy_random"] for line in lines), default=-1.0)
+    return max((record["accuracy_random"] for _, record in _logged(folder)), default=-1.0)
+
+
+def _logged(folder: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The whole lines of an unfinished run's log with their records; a last line cut short was being written.
+
+    Raises:
+        CorruptRun: a whole line is no record.
+    """
+    log = folder / "metrics.jsonl"
+    lines = read_bytes(log).splitlines(keepends=True) if is_file(log) else []
+    records = [(line, parse_json(line, log)) for line in lines if line.endswith(b"\n")]
+    for _, record in records:
+        if not isinstance(record, dict) or not {"step", "accuracy_random"} <= record.keys():
+            raise CorruptRun(f"{log} is damaged: delete {folder} and train again")
+    return records
 
 
 def _step(checkpoint: Path) -> int:

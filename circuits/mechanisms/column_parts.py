@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,60 +28,74 @@ def column_digits(operands: Int[Tensor, "rows 2"], column: int) -> Int[Tensor, "
     return 10 * a + b
 
 
-def head_outputs(model: Any, tokens: Int[Tensor, "rows pos"], at: int) -> dict[str, Float[Tensor, "rows head d_head"]]:
-    """What every layer's heads write at one position."""
+def head_outputs(
+    model: Any, tokens: Int[Tensor, "rows pos"], at: Sequence[int]
+) -> dict[str, Float[Tensor, "rows at head d_head"]]:
+    """What every layer's heads write at some positions."""
     names = [f"blocks.{i}.attn.hook_z" for i in range(model.cfg.n_layers)]
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     for part in tokens.to(device_of(model)).split(1024):
         for name, value in activations(model, part, names).items():
-            found[name].append(value[:, at])
+            found[name].append(value[:, list(at)])
     return {name: torch.cat(values) for name, values in found.items()}
 
 
-def own_parts(
-    model: Any, task: Any, column: int, at: int, *, seed: int, renamed: bool = False
-) -> dict[str, Float[Tensor, "digits d"]]:
-    """What a column's two digits set of what heads write at a position: the mean for each pair of digits.
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """Sums that parts are fitted to, and what the heads write at the positions where digits are judged."""
 
-    ``renamed`` takes the digits of other sums in their stead: the control.
-    """
+    operands: Int[Tensor, "rows 2"]
+    order: Int[Tensor, " rows"]
+    at: tuple[int, ...]
+    outputs: dict[str, Float[Tensor, "rows at head d_head"]]
+
+    def own_parts(self, column: int, at: int, *, renamed: bool = False) -> dict[str, Float[Tensor, "digits d"]]:
+        """What a column's two digits set of what heads write at a position: the mean for each pair of digits.
+
+        ``renamed`` takes the digits of other sums in their stead: the control.
+        """
+        digits = column_digits(self.operands[self.order] if renamed else self.operands, column)
+        found = {}
+        for name, outputs in self.outputs.items():
+            z = outputs[:, self.at.index(at)].flatten(1)
+            index = digits.to(z.device)
+            count = torch.bincount(index, minlength=100).clamp_min(1)[:, None]
+            found[name] = torch.zeros(100, z.shape[1]).to(z).index_add_(0, index, z) / count
+        return found
+
+
+def fitted(model: Any, task: Any, at: Sequence[int], *, seed: int) -> Fitted:
+    """Run the sums that parts are fitted to, once for all columns."""
     generator = torch.Generator().manual_seed(seed + 17)
     operands = draw_operands(task.digits, FITTED, generator=generator, nines=False)
-    order = torch.randperm(FITTED, generator=generator) if renamed else torch.arange(FITTED)
-    digits = column_digits(operands[order], column).to(device_of(model))
-    count = torch.bincount(digits, minlength=100).clamp_min(1)[:, None]
-    found = {}
-    for name, z in head_outputs(model, task.encode(operands).inputs, at).items():
-        total = torch.zeros(100, z.flatten(1).shape[1]).to(z).index_add_(0, digits, z.flatten(1))
-        found[name] = total / count
-    return found
+    order = torch.randperm(FITTED, generator=generator)
+    positions = tuple(sorted(set(at)))
+    return Fitted(operands, order, positions, head_outputs(model, task.encode(operands).inputs, positions))
 
 
 def swapped_parts(
     model: Any,
     task: Any,
     swaps: Swaps,
-    operands: tuple[Int[Tensor, "rows 2"], Int[Tensor, "rows 2"]],
-    column: int,
-    own: dict[str, Float[Tensor, "digits d"]],
+    written: tuple[dict[str, Tensor], dict[str, Tensor]],
+    moved: dict[str, Float[Tensor, "rows d"]],
     *,
     carry: bool,
 ) -> Bool[Tensor, " rows"]:
-    """Where the digit is the predicted one once the part of the column's own digits, or all the rest, is the source's.
+    """Where the digit is the predicted one once a part of what heads write is the source's.
 
-    Of an answer that is written units first, the digit written before tells the carry by itself: its embedding is the
-    source's with the carry.
+    ``moved`` is by how much the part of the column's own digits changes from base to source; for the carry all the
+    rest is the source's. Of an answer that is written units first, the digit written before tells the carry by itself:
+    its embedding is the source's with the carry.
     """
     at, reverse = swaps.position, bool(getattr(task, "reverse", False))
-    clean = head_outputs(model, swaps.base, at)
-    given = head_outputs(model, swaps.source, at)
-    before, after = (column_digits(x, column).to(swaps.base.device) for x in operands)
     hooks: list[tuple[str, Callable[..., Tensor]]] = []
-    for name, table in own.items():
-        moved = (table[after] - table[before]).view_as(clean[name])
-        moved = given[name] - clean[name] - moved if carry else moved
+    for name, own in moved.items():
+        clean, given = (outputs[name][:, 0] for outputs in written)
+        change = own.view_as(clean)
+        changed = given - change if carry else clean + change
 
-        def put(z: Tensor, hook: Any, value: Tensor = clean[name] + moved) -> Tensor:
+        def put(z: Tensor, hook: Any, value: Tensor = changed) -> Tensor:
             z = z.clone()
             z[:, at] = value
             return z
@@ -99,17 +114,28 @@ def swapped_parts(
         return model(swaps.base)[:, at].argmax(-1) == swaps.predicted
 
 
-def judged(model: Any, task: Any, variable: Variable, column: int, *, seed: int) -> Found:
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A variable's swaps that are right as they stand, with the operands of base and source."""
+
+    variable: Variable
+    column: int
+    swaps: Swaps
+    base: Int[Tensor, "rows 2"]
+    source: Int[Tensor, "rows 2"]
+
+
+def judged(model: Any, task: Any, drawn: Drawn, sums: Fitted) -> Found:
     """How often swapping one part gives the predicted digit, and how often that fitted to other sums' digits does."""
-    swaps, base, source = draw_right_swaps(model, task, variable, column, seed=seed)
-    if not len(swaps.predicted):
-        return Found(variable.name, (), 0, 0, 0.0)
+    swaps, name, column = drawn.swaps, drawn.variable.name, drawn.column
+    written = tuple(head_outputs(model, tokens, [swaps.position]) for tokens in (swaps.base, swaps.source))
+    before, after = (column_digits(x, column).to(swaps.base.device) for x in (drawn.base, drawn.source))
     shares = []
     for renamed in (False, True):
-        own = own_parts(model, task, column, swaps.position, seed=seed, renamed=renamed)
-        carry = variable.name.startswith("carry")
-        shares.append(swapped_parts(model, task, swaps, (base, source), column, own, carry=carry))
-    return Found(variable.name, (), int(shares[0].sum()), len(shares[0]), float(shares[1].float().mean()))
+        own = sums.own_parts(column, swaps.position, renamed=renamed)
+        moved = {hook: table[after] - table[before] for hook, table in own.items()}
+        shares.append(swapped_parts(model, task, swaps, written, moved, carry=name.startswith("carry")))
+    return Found(name, (), int(shares[0].sum()), len(shares[0]), float(shares[1].float().mean()))
 
 
 def column_parts(model: Any, task: Task, *, seed: int = 0) -> Evidence:
@@ -133,5 +159,13 @@ def column_parts(model: Any, task: Task, *, seed: int = 0) -> Evidence:
     start = time.perf_counter()
     if not any(name.startswith("carry into column") for name in getattr(task, "pair_changes", ())):
         raise BadInput(f"{task.name} has no digit columns; column parts need a digit-token addition task")
-    found = [judged(model, task, variable, column, seed=seed) for variable, column in inner_variables(task)]
+    drawn = [
+        Drawn(variable, column, *draw_right_swaps(model, task, variable, column, seed=seed))
+        for variable, column in inner_variables(task)
+    ]
+    sums = fitted(model, task, [one.swaps.position for one in drawn if len(one.swaps.predicted)], seed=seed)
+    found = [
+        judged(model, task, one, sums) if len(one.swaps.predicted) else Found(one.variable.name, (), 0, 0, 0.0)
+        for one in drawn
+    ]
     return evidence_of("column-parts", found, {}, start, control_name="parts fitted to other sums")

@@ -168,6 +168,7 @@ class Driver:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=os.environ | executor.ENVIRONMENT,
         )
 
     def start(self, folder: Path) -> int:
@@ -244,7 +245,7 @@ def test_a_study_killed_ten_times_ends_as_an_undisturbed_one(
     for _ in range(KILLS):
         folder = tmp_path / str(number)
         group = driver.start(folder)
-        time.sleep(generator.uniform(0.02, 0.7 * undisturbed.seconds))
+        time.sleep(generator.uniform(0.02, 0.6 * undisturbed.seconds))
         try:
             os.killpg(group, signal.SIGKILL)
         except ProcessLookupError:

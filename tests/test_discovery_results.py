@@ -231,6 +231,32 @@ def test_the_curves_figure_shows_both_rankings_the_control_and_the_areas() -> No
     assert "share of 46" in figure.layout.xaxis.title.text and "recovered" in figure.layout.yaxis.title.text
 
 
+def test_the_figure_of_stability_has_every_edge_that_a_resample_found() -> None:
+    found = discovery.stability(some_circuit(), 10, resamples=50)
+    figure, frame = found.figure(), found.to_frame()
+    kept, other = figure.data
+    assert len(kept.x) == int(frame["kept"].sum()) == 10 and len(kept.x) + len(other.x) == len(frame)
+    assert sorted([*kept.x, *other.x]) == list(range(1, len(frame) + 1))
+    assert dict(zip([*kept.x, *other.x], [*kept.y, *other.y], strict=True)) == dict(enumerate(frame["frequency"], 1))
+    assert f"Jaccard {found.jaccard:.2f}" in figure.layout.title.text and figure.layout.yaxis.title.text
+
+
+def test_small_results_have_a_table() -> None:
+    model, pairs = build(), some_pairs(6)
+    effect = discovery.path_patching(model, pairs, ("embed", "a0.h1.v", "logits"))
+    assert effect.to_frame()["effect"].mean() == pytest.approx(effect.score, abs=1e-6)
+    assert "embed → a0.h1.v → logits" in effect._repr_html_() and "6 pairs" in effect._repr_html_()
+    circuit = eap(model, pairs)
+    accuracy = discovery.edge_accuracy(circuit, circuit.graph.edges[::3])
+    frame = accuracy.to_frame()
+    assert (
+        frame.loc["auroc", "value"] == accuracy.auroc
+        and frame.loc["average_precision", "low"] <= accuracy.average_precision
+    )
+    bare = discovery.edge_accuracy(replace(circuit, per_example=None), circuit.graph.edges[::3]).to_frame()
+    assert bare[["low", "high"]].isna().all(axis=None)
+
+
 def test_a_deep_models_figure_has_rows_for_what_it_shows_only() -> None:
     model = build("layer-norm", n_layers=6)
     circuit = eap(model, some_pairs(4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from circuits.discovery.circuit import Circuit
 from circuits.discovery.graph import component
 from circuits.discovery.memory import BUDGET
 from circuits.errors import BadInput
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,16 @@ class EdgeAccuracy:
     average_precision_interval: tuple[float, float] | None
     n_true: int
     n_edges: int
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return both measures, one row each, with their intervals (not a number where there is none)."""
+        import pandas as pd
+
+        rows = {
+            name: (getattr(self, name), *(getattr(self, f"{name}_interval") or (float("nan"), float("nan"))))
+            for name in ("auroc", "average_precision")
+        }
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high"])
 
     def _repr_html_(self) -> str:
         return (

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from circuits.discovery.circuit import Circuit
     from circuits.discovery.completeness import Completeness
     from circuits.discovery.curves import Faithfulness
+    from circuits.discovery.stability import Stability
 
 SUPPORTS, OPPOSES, NEUTRAL = BLUE, RED, GREY
 RANKINGS = {"signed": ("ranked by signed score (CPR)", SUPPORTS), "absolute": ("ranked by size (CMD)", NAVY)}
@@ -260,6 +261,33 @@ def draw_completeness(result: Completeness) -> go.Figure:
         f"<br><sup>{result.n_edges} edges, {result.n_pairs} pairs</sup>",
         xaxis={"title": f"model without the edges (share of the {result.metric} gap)", "range": [low, high]},
         yaxis={"title": "circuit without the edges (same unit)", "range": [low, high]},
+    )
+    return figure
+
+
+def draw_stability(result: Stability) -> go.Figure:
+    """Return the share of resamples that find each edge, by rank: a step at the circuit's size is a stable circuit."""
+    frame = result.to_frame().assign(rank=lambda edges: range(1, len(edges) + 1))
+    figure = go.Figure()
+    for kept, name, colour in ((True, "in the circuit of all pairs", SUPPORTS), (False, "not in it", OPPOSES)):
+        part = frame[frame["kept"] == kept]
+        figure.add_bar(
+            x=part["rank"],
+            y=part["frequency"],
+            name=name,
+            marker_color=colour,
+            customdata=part[["source", "reader"]],
+            hovertemplate="%{customdata[0]} → %{customdata[1]}<br>in %{y:.0%} of the resamples<extra></extra>",
+        )
+    low, high = result.interval
+    figure.update_layout(
+        template="circuits",
+        title=f"Stability: Jaccard {result.jaccard:.2f} [{low:.2f}, {high:.2f}]"
+        f"<br><sup>{result.n_edges} edges, {result.n_resamples} resamples of the pairs, "
+        f"random sets {result.jaccard_random:.2f}</sup>",
+        xaxis={"title": "edges, the most often found first"},
+        yaxis={"title": "share of resamples that find it", "range": [0, 1.02]},
+        bargap=0,
     )
     return figure
 

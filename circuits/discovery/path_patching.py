@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +22,9 @@ from circuits.discovery.removal import Kept, PartialRun
 from circuits.errors import BadInput, UnknownName, UnsupportedModel
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +44,19 @@ class PathEffect:
         """Return the score's percentile-bootstrap interval over pairs."""
         low, high = mean_interval(self.per_example[:, None], level=level, seed=seed, resamples=resamples)
         return float(low), float(high)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per pair: ``effect``, in the metric's unit."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {"effect": self.per_example.tolist()}, index=pd.RangeIndex(len(self.per_example), name="pair")
+        )
+
+    def _repr_html_(self) -> str:
+        low, high = self.interval()
+        about = f"{' → '.join(self.path)}, {self.metric}, {len(self.per_example)} pairs"
+        return f"<p><b>Effect {self.score:+.4f}</b> [{low:+.4f}, {high:+.4f}], {escape(about)}</p>"
 
     def __repr__(self) -> str:
         low, high = self.interval()

@@ -17,6 +17,7 @@ from circuits.errors import BadInput
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,12 @@ class Stability:
             },
             index=pd.Index(order, name="edge"),
         )
+
+    def figure(self) -> go.Figure:
+        """Return the share of resamples that find each edge, the surest first: edges of the circuit, and others."""
+        from circuits.discovery.figures import draw_stability
+
+        return draw_stability(self)
 
     def _repr_html_(self) -> str:
         low, high = self.interval

@@ -263,7 +263,7 @@ def test_a_damaged_log_is_not_gone_on_from(tmp_path, line):
         stopped(tmp_path, after=9, save_every=-1.0)
     log = tmp_path / "metrics.jsonl"
     log.write_bytes(line + log.read_bytes())
-    with pytest.raises(CorruptRun, match="is damaged|is not valid JSON"):
+    with pytest.raises(CorruptRun, match=r"is damaged|is not valid JSON"):
         train(tmp_path, resume=True)
 
 

@@ -65,7 +65,7 @@ test: $(TESTS)
 	@status=0; \
 	echo "ruff"; $(BIN)/ruff check . || status=1; $(BIN)/ruff format --check . || status=1; \
 	echo "mypy"; $(BIN)/mypy || status=1; \
-	echo "pytest"; $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --nbmake $(QUICKSTART) tests || status=1; \
+	echo "pytest"; $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --nbmake $(QUICKSTART) tests || status=1; \
 	exit $$status
 
 # torch first and alone, as above.

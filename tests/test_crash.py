@@ -210,9 +210,7 @@ class Undisturbed:
 
 @pytest.fixture(scope="module")
 def undisturbed(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    warm, folder = tmp_path_factory.mktemp("warm"), tmp_path_factory.mktemp("undisturbed")
-    driver.start(warm)
-    assert driver.wait() == 0
+    folder = tmp_path_factory.mktemp("undisturbed")
     started = time.monotonic()
     driver.start(folder)
     assert driver.wait() == 0

@@ -42,11 +42,11 @@ napoleon_use_ivar = True
 
 
 def own_paragraphs(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Give ``Cost:``, ``Conventions:``, ``Source:`` and ``Fails when:`` a paragraph each, with the words in bold."""
+    """Give ``Formula:``, ``Cost:``, ``Conventions:``, ``Source:`` and ``Fails when:`` a paragraph each, in bold words."""
     shown: list[str] = []
     inside = False
     for line in lines:
-        label = re.match(r"(Cost|Conventions|Source|Fails when): ?(.*)", line)
+        label = re.match(r"(Formula|Cost|Conventions|Source|Fails when): ?(.*)", line)
         if label:
             shown += ["", f"**{label[1]}:** {label[2]}"]
         else:

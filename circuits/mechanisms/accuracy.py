@@ -62,6 +62,10 @@ def accuracy_gate(model: Any, task: Task, *, seed: int = 0, limit: int | None = 
     the figures are those of all unseen pairs). Where sums have carry cascades, ``without_cascade`` is the accuracy on
     unseen pairs that have none. ``chance``, the most frequent answer of the unseen pairs, is the control.
 
+    Formula: acc(S) = mean over (a, b) in S of [argmax_c logit_c(a, b) = answer(a, b)], for S the training
+        pairs, the unseen random pairs (``value``), the held-out block; ``unmirrored``: those (a, b) of the
+        unseen with (b, a) unseen too.
+
     Source: the split by mirror image is ours; chance level and Wilson interval are standard.
     Fails when: the held-out split is empty; a task that cannot say which pairs it trains on, and has over a million.
     """
@@ -113,6 +117,8 @@ def block_gap(model: Any, task: Task, *, seed: int = 0, limit: int | None = None
 
     Whoever computes the answer loses nothing inside the block; whoever interpolates between neighbouring training
     pairs does. The control is the same difference between two halves of the random held-out pairs.
+
+    Formula: acc(unseen random pairs) - acc(held-out block), acc as in accuracy-gate.
 
     Source: contiguous hold-outs as a test of local interpolation; interval by the difference of two Wilson intervals
     (Newcombe 1998, method 10).

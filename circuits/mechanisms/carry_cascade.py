@@ -216,6 +216,10 @@ def carry_cascade(model: Any, task: Task, *, seed: int = 0) -> Evidence:
     the size of the sum among sums without a cascade. ``carry_by_state`` tells the interchange of carries by the state
     of the source's column below (ST): at most 8, 10 or more, or 9, where the carry comes from further down (SS).
 
+    Formula: column-interchange's minimum, over sums that are answered rightly; reach = the largest k with
+        acc(longest cascade j) >= 0.9 acc(no cascade) for all j <= k, a cascade being a run of adjacent columns
+        that sum to nine above one that carries.
+
     Source: sub-tasks SA, SC, SS and ST: Quirke & Barez 2024 (arXiv 2310.13121), section 3, and Quirke, Neo & Barez
     2024 (arXiv 2402.02619), who test each node on one or two chosen pairs; interchange accuracy over a
     distribution: Geiger et al. 2021 (arXiv 2106.02997), definition 2.

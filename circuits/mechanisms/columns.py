@@ -172,6 +172,11 @@ def column_interchange(model: Any, task: Task, *, seed: int = 0) -> Evidence:
 
     Columns that have both a carry and digits count; the units have no carry, and the leading digit is one.
 
+    Formula: min over columns and {carry, base sum} of the mean over unrelated base x and source y of [digit(x,
+        heads H of y) = (u + v + c) mod 10], with u, v the digits of the base's column and c the carry of the
+        source's (for the carry), or the digits of the source's column and the carry of the base's (for the base
+        sum).
+
     Source: interchange accuracy of Geiger et al. 2021 (arXiv 2106.02997), definition 2, on the sub-tasks base add and
     carry of Quirke & Barez 2024 (arXiv 2310.13121), section 3.
     Fails when: one head carries a column's digits and its carry in different directions, or an MLP at an earlier

@@ -186,6 +186,10 @@ def equivariance(model: Any, task: Task, *, seed: int = 0, readings: Readings | 
 
     High: one procedure everywhere, whatever the operands. Low: answers are found otherwise at different places.
 
+    Formula: 1 - sum over inputs and wrong answers c of (l_c(a, b) - g(c - answer(a, b)))^2 / sum of (l_c - mean
+        of l)^2, with l the logits centred for each input and g the mean of l at that distance over the other
+        half of the pairs.
+
     Source: Chughtai et al. 2023 (arXiv 2302.03025), section 2, for the group view; equivariance of networks: Cohen &
     Welling 2016 (arXiv 1602.07576), section 2. Leaving out the right answer and the training pairs is ours.
     Fails when: votes fall off with the distance from the answer, as with matching ranges of the result, which then

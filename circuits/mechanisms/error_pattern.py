@@ -106,6 +106,8 @@ def error_pattern(model: Any, task: Task, *, seed: int = 0, readings: Readings |
     Of errors that a model makes by itself, whole bands off and near the borders are those of matched ranges (one grid
     of ranges: all of them), one or two off those of a magnitude code, and those that rise with carries are of columns.
 
+    Formula: mean over errors of [(said - answer) mod 10 = 0]; the control takes said from another error.
+
     Source: carry classes: Quirke and Barez 2024 (arXiv 2402.02619); errors of range matching and the controls are ours.
     Fails when: errors come from ablation. They tell which part was hit, not how the intact model would err: four grids
     of ranges are right everywhere, and without a quarter of their neurons off by one or two, since the table of units

@@ -402,6 +402,10 @@ def functional_form(model: Any, task: Task, *, seed: int = 0, readings: Readings
     a number that depends on both operands: there each neuron is looked at times that number too, and has the form that
     fits better (``norm_undone`` is the share of importance that has it so).
 
+    Formula: sum over neurons i of importance_i [best family of i is a single frequency and its held-out R2 >=
+        0.8] / sum of importance_i, with importance_i = mean over pairs of abs(gradient of the right logit x
+        (activation - its mean)).
+
     Source: Nanda et al. 2023 (arXiv 2301.05217) for frequencies; families and weighting are ours.
     Fails when: low frequencies of a large period pass for hinges; a column code and a range code are both indicators.
     """

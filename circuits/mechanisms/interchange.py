@@ -319,6 +319,11 @@ def interchange(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
     same prediction: the largest share of ``CONTROLS`` draws; ``NAME_complement`` swaps all but the candidate's part,
     which must not carry the operand.
 
+    Formula: mean over base pairs (a, b) and sources (a', b') of [argmax of the logits on (a, b) with x_a +
+        m(a') - m(a) in place of the state x_a = answer(v(a, a'), b)], with m(a) the candidate's part of the
+        state and v(a, a') what the operand is once the variable is that of a' (a' itself for the whole
+        operand).
+
     Source: interchange intervention accuracy of Geiger et al. 2021 (arXiv 2106.02997), definition 2: the mean over base
     and source of [answer(base with the variable's part of the source) = answer that the causal model predicts].
     Fails when: the variable is computed where the operands meet; or the network holds it in no

@@ -113,6 +113,9 @@ def knockout(model: Any, task: Task, *, seed: int = 0, readings: Readings | None
     ``class_knockout`` zeroes all neurons of one heuristic: the accuracy that prompts of the heuristic lose more than
     others, over classes of three or more neurons, and ``class_matched`` beyond random neurons that contribute as much.
 
+    Formula: mean over prompts of acc(without as many others of equal contribution) - acc(without the neurons
+        about the prompt).
+
     Source: Nikankin et al. 2025 (arXiv 2410.21272), section 4.2 and figures 7 and 8, and heuristics_analysis.py of
     technion-cs-nlp/llm-arithmetic-heuristics; matching by contribution (gradient times activation) is ours.
     Fails when: few neurons match anything (``prompts_with_target`` is then small), or the neurons outside the target

@@ -40,7 +40,7 @@ def knows_pairs(operands: Int[Tensor, "rows 2"], neurons: Float[Tensor, "rows n"
 
 
 def pair_lookup(model: Any, task: Task, *, seed: int = 0, readings: Readings | None = None) -> Evidence:
-    """Share of the right answers that are lost with the neurons that know their pair, less that with as many others.
+    """Share of the right answers that are lost with the neurons that know their pair, beside that with as many others.
 
     Each neuron of the decisive layers that fires on one unordered pair of operands alone is found; for every input,
     those that fire on it are set to their median. Whoever remembers pairs then does not know the answer, and whoever
@@ -49,6 +49,9 @@ def pair_lookup(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
     ``overrules`` is about inputs that no neuron knows: how often, given what the neurons of a random known pair do,
     the answer is that pair's. A list may lie over an algorithm that would answer rightly without it; then nothing is
     lost with its neurons, and yet they decide.
+
+    Formula: mean over rightly answered (a, b) of [the answer is wrong once every neuron that fires on {a, b}
+        alone is at its median over all inputs].
 
     Source: ours; memorisation before grokking: Power et al. 2022 (arXiv 2201.02177), section 3.
     Fails when: pairs are remembered by combinations of neurons, none of which stands for one pair.

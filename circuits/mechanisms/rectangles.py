@@ -284,6 +284,10 @@ def rectangles(model: Any, task: Task, *, seed: int = 0, readings: Readings | No
     ``edge_width`` and ``edge_offset`` are the band width and offset that most interior edges lie on, ``edge_p`` says
     how often edges drawn at random do so on the grid that suits them best.
 
+    Formula: sum over neurons i of importance_i [R2(h_i; 1[a in R_i, b in R'_i]) and two-levelness of h_i are
+        high] / sum of importance_i, the sums over the layer's neurons with most importance; R_i, R'_i the
+        ranges that fit h_i best.
+
     Source: range neurons of Nikankin et al. 2025 (arXiv 2410.21272), figure 3; single-rectangle fit, two-levelness
     (2-means) and idealisation are ours.
     Fails when: a neuron matches several ranges (it then counts as none), or a table that is read in part has ranges of

@@ -140,6 +140,9 @@ def region_interchange(model: Any, task: Task, *, seed: int = 0, readings: Readi
     A network passes that carries out an algorithm on one part of its inputs and does something else on the rest, with
     the right answers on both.
 
+    Formula: I(inside) - I(outside), with I(S) the interchange accuracy (see interchange) over the swaps whose
+        base pair and whose predicted pair both lie in S.
+
     Source: interchange accuracy of Geiger et al. 2021 (arXiv 2106.02997), definition 2; combinations of causal models
     by input: Pislar, Magliacane & Geiger 2025 (arXiv 2503.11429); the search for the region is ours.
     Fails when: a region is less than a twentieth of the square, or has a border that is no function of single operand

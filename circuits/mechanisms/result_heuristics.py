@@ -101,6 +101,9 @@ def result_heuristics(model: Any, task: Task, *, seed: int = 0, readings: Readin
     two levels), which accuracy must survive, and mean-ablated, which must hurt. The control renames the results at
     random, which keeps two levels but no range and no residue. Layers without which answers go wrong are looked at.
 
+    Formula: sum over neurons i of importance_i [R2(h_i; function of the answer) >= 0.9, two-levelness >= 0.9,
+        and {c: h_i on} is a range or a residue class of three or more results] / sum of importance_i.
+
     Source: range and modulo heuristics on the result: Nikankin et al. 2025 (arXiv 2410.21272), section 4 and
     appendix E; two-levelness, the floor on the number of results and idealisation are ours.
     Fails when: most ranges touch an end of the results, where they are steps of a magnitude code and count as none.

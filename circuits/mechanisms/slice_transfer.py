@@ -104,6 +104,10 @@ def slice_transfer(model: Any, task: Task, *, seed: int = 0, readings: Readings 
     pass. Means over the slice itself would tell the network which slice it is on: what then suffices is so little that
     a trained column code transfers worse than a lookup (0.2 against 0.5).
 
+    Formula: min over slicings of [mean over slices s != t of acc_t(N_s)] / [mean over s of acc_s(N_s)], with
+        N_s the fewest neurons, all others at their mean over all inputs, that keep the accuracy on slice s, and
+        acc_t the accuracy on judged rows of slice t.
+
     Source: ours; sufficiency by mean ablation as in Nikankin et al. 2025 (arXiv 2410.21272), equation 2.
     Fails when: a dense network needs nearly all of its neurons (``size`` above 0.9: the ratio is then trivially high
     and does not decide), or accuracy is at chance.

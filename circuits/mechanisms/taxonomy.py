@@ -135,6 +135,10 @@ def taxonomy(model: Any, task: Task, *, seed: int = 0, readings: Readings | None
     neurons match residues, and cells of a range lookup (a in R and b in R') are not in the taxonomy at all unless R
     and R' are the same. By this measure alone an algorithm can be more heuristic than a lookup.
 
+    Formula: sum_i importance_i [neuron i matches] / sum_i importance_i, less the mean of the same over permuted
+        operand tokens; i matches where max over heuristics of (score - base) / (1 - base) >= 0.5, score the
+        share of its top prompts that the heuristic is about and base the share of all prompts.
+
     Source: Nikankin et al. 2025 (arXiv 2410.21272), algorithm 1, section 4.1 and appendices E and F; correction for
     chance, ties, weights by importance and the null are ours.
     Fails when: a few prompts carry a neuron (its top prompts are then ties), or the answer passes through later layers

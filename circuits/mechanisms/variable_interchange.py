@@ -199,6 +199,10 @@ def variable_interchange(model: Any, task: Task, *, seed: int = 0, readings: Rea
     The result after the last layer is swapped in any model that is right: it is no candidate for ``value``. High for
     one operand before the MLP: operands are kept apart there; low, with the result high: they are added on the way.
 
+    Formula: mean of [answer with U U^T (s_source - s_base) added to the state s_base = the answer with the
+        source's value of the variable], with U the leading directions of the means of the state over the
+        variable's classes.
+
     Source: Geiger et al. 2021 (arXiv 2106.02997), interchange interventions, on all of a causal model's variables.
     Fails when: a variable is held in no linear subspace, or its class means differ in what goes along with it (the
     carry's with the sum's): a subspace can be learned then (``das``). Or states have so low a rank that a random

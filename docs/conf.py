@@ -42,7 +42,7 @@ napoleon_use_ivar = True
 
 
 def own_paragraphs(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Give ``Formula:``, ``Cost:``, ``Conventions:``, ``Source:`` and ``Fails when:`` a paragraph each, in bold words."""
+    """Give ``Formula:``, ``Cost:``, ``Conventions:``, ``Source:`` and ``Fails when:`` one paragraph each."""
     shown: list[str] = []
     inside = False
     for line in lines:

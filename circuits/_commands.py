@@ -249,7 +249,9 @@ def report(
     """
     from circuits.study import Study
 
-    loaded = Study.load(study_dir).rebuild()
+    loaded = Study.load(study_dir)
+    loaded.check_version()
+    loaded.rebuild()
     if csv is not None:
         loaded.to_csv(csv)
     if latex is not None:

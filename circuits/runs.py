@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import os
 import platform
 import re
@@ -274,7 +275,7 @@ def write_manifest(folder: Path, config: RunConfig, *, status: str, **values: An
         "id": config_id(config),
         "status": status,
         **values,
-        "versions": {"circuits": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
         "commit": git_commit(),
@@ -282,6 +283,13 @@ def write_manifest(folder: Path, config: RunConfig, *, status: str, **values: An
     }
     write_json(folder / "manifest.json", manifest)
     return manifest
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Return the versions that numbers may depend on: this package's, Python's and those of what computes."""
+    others = {name: importlib.metadata.version(name) for name in ("transformer-lens", "numpy", "scipy", "scikit-learn")}
+    return {"circuits": __version__, "torch": torch.__version__, "python": platform.python_version(), **others}
 
 
 @functools.cache

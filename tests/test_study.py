@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from circuits import study, tasks
+from circuits import cli, study, tasks
 from circuits.errors import BadInput, CorruptRun, IncompatibleRun, StorageError, UnknownName
 from circuits.mechanisms import TESTS
 from circuits.model import Transformer
@@ -88,6 +89,8 @@ def test_model_overrides_keep_sizes_in_step() -> None:
         ("p = 7", "p = 7, block = 7", "block = 7"),
         ('recipes = ["r"]', 'recipes = ["rr"]', "unknown recipe 'rr': did you mean 'r'"),
         ('recipes = ["r"]', "recipes = []", "expected at least one of r"),
+        ('recipes = ["r"]', 'recipes = [["r"]]', "unknown recipe"),
+        ('recipes = ["r"]', 'recipes = [{ name = "r" }]', "unknown recipe"),
         ('recipes = ["r"]', 'recipes = ["r", "r"]', "stands twice"),
         ("recipes =", "recipies =", "unknown key 'recipies': did you mean 'recipes'"),
         ("steps = 5", "step = 5", "unknown key 'step': did you mean 'steps'"),
@@ -300,6 +303,22 @@ def test_an_altered_analysis_is_refused_and_redone(smoke: Study, tmp_path: Path)
     again = study.run("smoke", out=copy.path, progress=False)
     columns = [c for c in smoke.table.columns if c != "seconds"]
     pd.testing.assert_frame_equal(again.table[columns], smoke.table[columns])
+
+
+def test_a_report_is_not_made_of_another_versions_analyses(smoke: Study, tmp_path: Path, capsys: Any) -> None:
+    import shutil
+
+    shutil.copytree(smoke.path, tmp_path / "copy")
+    copy = Study.load(tmp_path / "copy")
+    copy.check_version()
+    file = copy.plan[0].analysis / "manifest.json"
+    manifest = json.loads(file.read_text())
+    assert manifest["versions"]["torch"] == torch.__version__ and "transformer-lens" in manifest["versions"]
+    file.write_text(json.dumps(manifest | {"rule": "arithmetic-1"}))
+    table = (copy.path / "results.parquet").read_bytes()
+    assert cli.main(["report", str(copy.path)]) == 2
+    assert "was written by rule 'arithmetic-1'" in capsys.readouterr().err
+    assert (copy.path / "results.parquet").read_bytes() == table
 
 
 def test_a_study_needs_a_directory_that_can_be_written(tmp_path: Path) -> None:

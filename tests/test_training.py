@@ -95,6 +95,32 @@ def test_resume_is_bit_exact(tmp_path, name, stop):
     assert sorted(whole.checkpoints) == sorted(resumed.checkpoints)
 
 
+def test_a_stage_that_had_reached_its_goal_is_not_gone_on_with(tmp_path):
+    plan = Recipe("two", (*recipe(steps=100, stop_accuracy=0.0).stages, *recipe("answer", steps=5).stages))
+    whole = train(tmp_path / "whole", plan, evaluate_every=5)
+    assert max(whole.checkpoints) == 15
+    with pytest.raises(KeyboardInterrupt):
+        stopped(tmp_path / "cut", plan, after=10, save_every=-1.0, evaluate_every=5)
+    resumed = train(tmp_path / "cut", plan, resume=True, evaluate_every=5)
+    assert equal(weights(whole), weights(resumed)) and whole.metrics.equals(resumed.metrics)
+
+
+def test_a_checkpoint_that_was_passed_is_not_left_out_in_silence(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        stopped(tmp_path, after=9, save_every=-1.0)
+    with pytest.raises(IncompatibleRun, match="stopped after step 9 and kept no checkpoint of step 3"):
+        train(tmp_path, checkpoints=(3,), resume=True)
+    assert 3 in train(tmp_path, checkpoints=(3,)).checkpoints
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("every", [0, -5, 2.5, True])
+def test_evaluations_are_counted(tmp_path, every):
+    with pytest.raises(BadInput, match="evaluate_every"):
+        train(tmp_path, evaluate_every=every)
+    assert not (tmp_path / "config.json").exists()
+
+
 def test_initial_weights_and_data_do_not_depend_on_the_objective():
     assert equal(Transformer(MODEL, seed=3).state_dict(), Transformer(MODEL, seed=3).state_dict())
     assert torch.equal(operands_seen("answer"), operands_seen("reinforce"))

@@ -14,9 +14,9 @@ import torch
 from circuits import discovery, mechanisms, training
 from circuits._io import make_directory, read_json, sha256_file, storage_errors, write_json
 from circuits.discovery import Circuit, Faithfulness
-from circuits.errors import BadInput, CorruptRun, Diverged
+from circuits.errors import BadInput, CorruptRun, Diverged, IncompatibleRun
 from circuits.mechanisms import Verdict
-from circuits.runs import Run
+from circuits.runs import Run, versions
 from circuits.study.figure_data import figure_data
 from circuits.study.plan import Planned
 from circuits.tasks.base import Pairs
@@ -144,7 +144,8 @@ def record(run: Planned, status: str, **values: Any) -> None:
     make_directory(run.analysis)
     kept = [p for p in run.analysis.rglob("*") if p.is_file() and p.name[0] != "." and p.name != "manifest.json"]
     files = {path.relative_to(run.analysis).as_posix(): sha256_file(path) for path in sorted(kept)}
-    manifest = {"format": FORMAT, "rule": mechanisms.VERSION, "status": status, **values, "files": files}
+    made = {"format": FORMAT, "rule": mechanisms.VERSION, "versions": versions()}
+    manifest = {**made, "status": status, **values, "files": files}
     write_json(run.analysis / "manifest.json", manifest)
 
 
@@ -157,11 +158,33 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / "manifest.json"
     if not path.exists():
         return None
+    manifest = _manifest(folder)
+    return manifest if (manifest["format"], manifest["rule"]) == (FORMAT, mechanisms.VERSION) else None
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
     manifest = read_json(path)
     if not isinstance(manifest, dict) or not {"format", "rule", "status", "files"} <= manifest.keys():
         raise CorruptRun(f"{path} is no manifest of an analysis: delete {folder} and run the study again")
-    current = (manifest["format"], manifest["rule"]) == (FORMAT, mechanisms.VERSION)
-    return manifest if current else None
+    return manifest
+
+
+def check_version(folder: Path) -> None:
+    """Return nothing, as where there is no analysis yet.
+
+    Raises:
+        CorruptRun: the manifest is damaged.
+        IncompatibleRun: another version wrote the analysis.
+    """
+    if not (folder / "manifest.json").exists() or read_manifest(folder) is not None:
+        return
+    manifest = _manifest(folder)
+    raise IncompatibleRun(
+        f"{folder} was written by rule {manifest['rule']!r} in analysis format {manifest['format']!r}, this version "
+        f"has {mechanisms.VERSION!r} and {FORMAT!r}: run the study again, which trains nothing anew, or use the "
+        "version that wrote it"
+    )
 
 
 def read_verdict(folder: Path, manifest: Mapping[str, Any], *, matched: bool = False) -> Verdict:

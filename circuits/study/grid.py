@@ -101,7 +101,7 @@ def _cell(table: _Table, recipes: Mapping[str, _Table], seeds: tuple[int, ...], 
     if not chosen:
         raise BadInput(f"{where}: recipes = []: expected at least one of {', '.join(sorted(recipes))}")
     for recipe in chosen:
-        if recipe not in recipes:
+        if not isinstance(recipe, str) or recipe not in recipes:
             raise BadInput(f"{where}: {UnknownName('recipe', str(recipe), recipes)}")
     built = tuple(_recipe(recipes[name], defaults, task, where) for name in chosen)
     return Cell(

@@ -13,7 +13,14 @@ from circuits._io import atomic_write, is_file, make_directory, storage_errors
 from circuits.errors import BadInput, CorruptRun, IncompatibleRun
 from circuits.runs import Run
 from circuits.study import executor, read_toml, tables
-from circuits.study.analyse import Analysis, is_complete, read_manifest, read_verdict, record
+from circuits.study.analyse import (
+    Analysis,
+    check_version,
+    is_complete,
+    read_manifest,
+    read_verdict,
+    record,
+)
 from circuits.study.grid import Spec, parse
 from circuits.study.plan import Planned, plan, shard_of
 from circuits.study.progress import Progress
@@ -92,6 +99,15 @@ class Study:
         from circuits import report  # the one call upwards: the report knows studies, a study only where its own is
 
         return report.write(self)
+
+    def check_version(self) -> None:
+        """Return nothing.
+
+        Raises:
+            IncompatibleRun: another version analysed a run: a table made now would lack what it found.
+        """
+        for run in self.plan:
+            check_version(run.analysis)
 
     def rebuild(self) -> Study:
         """Write the table again from the runs on disk, so that the report is due again, and return the study."""

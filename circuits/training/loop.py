@@ -12,6 +12,7 @@ from torch import Tensor
 from circuits.errors import Diverged
 from circuits.model import Transformer
 from circuits.objectives import Recipe, Stage
+from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.base import Batch, Task
 from circuits.training.evaluate import accuracies
 
@@ -90,6 +91,8 @@ def steps(
         Diverged: a loss is not finite; the model then holds the weights before that update.
     """
     recipe.check(task)
+    if evaluate_every is not None:
+        check_integer("evaluate_every", evaluate_every, 1, 2**31)
     device = next(model.parameters()).device
     every = evaluate_every or max(1, recipe.steps // 40)
     position, moments = start or (Position(), None)
@@ -102,6 +105,8 @@ def steps(
         if resumed and moments is not None:
             optimizer.load_state_dict(dict(moments))
         streak = position.streak if resumed else 0
+        if streak >= 2:
+            continue  # the update that ended this stage was the last one kept
         whole = task.examples("train").to(device) if stage.batch_size is None else None
         for done in range(position.in_stage if resumed else 0, stage.steps):
             batch = whole if whole is not None else _draw(task, stage, seed, step).to(device)

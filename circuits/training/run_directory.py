@@ -74,7 +74,8 @@ def train(
 
     Raises:
         BadInput: an objective is undefined for the task, or the model does not fit it.
-        IncompatibleRun: ``out`` holds a run of another configuration, or a finished one without these checkpoints.
+        IncompatibleRun: ``out`` holds a run of another configuration, or one that is past these checkpoints without
+            having kept them.
         Diverged: a loss is not finite; step and last good checkpoint are named.
         StorageError: ``out`` cannot be written.
     """
@@ -85,11 +86,11 @@ def train(
     recipe.check(task)
     config = RunConfig(task, recipe, seed, model or default_model(task))
     check_fits(task, config.model)
-    _check_run(recipe, seed, checkpoints)
+    _check_run(recipe, seed, checkpoints, evaluate_every)
     folder = Path(out)
     if (done := _already(folder, config)) is not None:
         return _with_checkpoints(done, checkpoints)
-    network, position, moments = _begin(folder, config, resume=resume)
+    network, position, moments = _begin(folder, config, checkpoints, resume=resume)
     stream = steps(network, task, recipe, seed=seed, evaluate_every=evaluate_every, start=(position, moments))
     keeper = _Keeper(folder, recipe, position, checkpoints, first_reaching, save_every)
     started = time.monotonic()
@@ -186,8 +187,10 @@ def _check_finite(network: Transformer) -> None:
         raise Diverged(f"{bad[0]} is not finite after the update: lower the learning rate or the weight decay")
 
 
-def _check_run(recipe: Recipe, seed: int, checkpoints: Sequence[int]) -> None:
+def _check_run(recipe: Recipe, seed: int, checkpoints: Sequence[int], evaluate_every: int | None) -> None:
     check_integer("seed", seed, 0, LAST_SEED)
+    if evaluate_every is not None:
+        check_integer("evaluate_every", evaluate_every, 1, 2**31)
     for step in checkpoints:
         check_integer("a step of checkpoints", step, 1, recipe.steps, "the recipe has no more")
 
@@ -215,7 +218,9 @@ def _already(folder: Path, config: RunConfig) -> Run | None:
     return run
 
 
-def _begin(folder: Path, config: RunConfig, *, resume: bool) -> tuple[Transformer, Position, dict[str, Any] | None]:
+def _begin(
+    folder: Path, config: RunConfig, checkpoints: Sequence[int], *, resume: bool
+) -> tuple[Transformer, Position, dict[str, Any] | None]:
     """The model, position and optimiser state to start from; clears what an earlier attempt left behind it."""
     start: tuple[Transformer, Position, dict[str, Any] | None]
     # Whatever may refuse comes before the config is written, by which the folder belongs to this run alone.
@@ -223,6 +228,12 @@ def _begin(folder: Path, config: RunConfig, *, resume: bool) -> tuple[Transforme
     start = load_state(folder) if going_on else (Transformer(config.model, seed=config.seed), Position(), None)
     position = start[1]
     log = _logged(folder) if going_on else []
+    for wanted in checkpoints:
+        if wanted <= position.step and not is_file(_checkpoint(folder, wanted)):
+            raise IncompatibleRun(
+                f"{folder} stopped after step {position.step} and kept no checkpoint of step {wanted}: train it again "
+                "without resume, or leave this checkpoint out"
+            )
     make_directory(folder / "checkpoints")
     with storage_errors(folder):
         if not going_on:

@@ -224,6 +224,7 @@ def _section(
         "problems": problems,
         "verdicts": [],
         "figures": [],
+        "absent": [],
     }
     for seed, analysis in analyses.items():
         verdict = analysis.verdict
@@ -241,6 +242,7 @@ def _section(
         )
     if analyses:
         section["figures"] = _figures(analyses, f"{cell}: {recipe}", figures)
+        section["absent"] = _absent(next(iter(analyses.values())))
     return section
 
 
@@ -279,6 +281,18 @@ def _figures(analyses: Mapping[int, Analysis], name: str, figures: Figures) -> l
     if first.faithfulness is not None:
         placed.append(figures.add(first.faithfulness.figure(), f"Faithfulness by circuit size, {name}, seed {seed}"))
     return placed
+
+
+def _absent(analysis: Analysis) -> list[str]:
+    """Why a figure that other sections have is not in this one."""
+    found = []
+    if analysis.figures["fourier"] is None:
+        found.append("No spectrum and no neuron maps: an answer of several tokens has no one place to read neurons at.")
+    if analysis.circuit is None:
+        found.append("No circuit: what was not learned has none to be found.")
+    elif analysis.faithfulness is None:
+        found.append("No faithfulness curve: the metric is the same when every edge is ablated.")
+    return found
 
 
 def _recipe(study: Study, recipe: str) -> dict[str, Any]:

@@ -65,6 +65,26 @@ def test_the_example_test_returns_evidence(contributed, task, model) -> None:
     assert evidence.control is not None and 0 <= evidence.control <= 1
 
 
+def test_a_test_that_is_in_the_table_is_run(contributed, monkeypatch) -> None:
+    monkeypatch.setitem(cx.mechanisms.TESTS, "exchange", contributed["exchange"])
+    monkeypatch.setattr(cx.mechanisms, "DESCRIBING", ())
+    monkeypatch.setattr(cx.mechanisms, "MODULAR", ("circularity",))
+    for name in ("taxonomy", "knockout", "error-pattern", "helix", "variable-interchange", "equivariance", "das"):
+        monkeypatch.delitem(cx.mechanisms.TESTS, name)
+    for name in (
+        "description-length",
+        "gradient-symmetricity",
+        "distance-irrelevance",
+        "isolated-circles",
+        "logit-terms",
+    ):
+        monkeypatch.delitem(cx.mechanisms.TESTS, name)
+    built, task, _ = cx.reference.build("fourier-pizza", p=13, frequencies=3)
+    verdict = cx.mechanisms.explain(built, task)
+    assert verdict["exchange"].value == 1.0 and verdict.items[-1].test == "exchange"
+    assert "exchange" not in [e.test for e in cx.mechanisms.explain(built, task, budget="quick").items]
+
+
 @pytest.mark.untyped
 @pytest.mark.parametrize("page", ["README.md"])
 def test_the_five_lines_of_the_readme_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

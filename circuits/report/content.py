@@ -24,7 +24,7 @@ from circuits.study.study import Study
 
 MEANINGS = {
     "algorithm": "A candidate algorithm passes all its tests, no test of heuristics or lists passes too, and the "
-    "held-out block agrees, or the errors are alike on training pairs and on unseen ones.",
+    "held-out block, where there is one, agrees, or the errors are alike on training pairs and on unseen ones.",
     "heuristics": "Ranges of the operands, or ranges and residues of the result, are matched and survive idealisation, "
     "with no algorithm beside them; or unseen pairs are right, with two or more signs of heuristics and no algorithm.",
     "memorisation": "Training pairs are right and unseen ones, once mirror images are set aside, are wrong or right by "

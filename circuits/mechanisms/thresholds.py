@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-VERSION = "arithmetic-6"
+VERSION = "arithmetic-7"
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Thresholds:
     memorised_luck: float = 0.10
     errs_learned: float = 0.50
     errs_alike: float = 0.05
-    frequency_share: float = 0.75
+    frequency_share: float = 0.60
     explained: float = 0.90
     restricted: float = 0.95
     excluded: float = 0.15

@@ -188,6 +188,7 @@ def growth_rows(n_layers: int) -> list[dict[str, object]]:
             }
             | ({} if budget is None else {"of_budget": round(memory.most / budget, 2)})
         )
+        announce(rows[-1])
     return rows
 
 
@@ -206,6 +207,11 @@ def in_a_process(arguments: list[str], heap: dict[str, str]) -> list[dict[str, o
     return found
 
 
+def announce(row: dict[str, object]) -> None:
+    """Say a row as soon as it is measured: the largest models take minutes, and what was measured is not to be lost."""
+    print(line(row), file=sys.stderr, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
@@ -220,7 +226,9 @@ def main() -> None:
         print(json.dumps(growth_rows(arguments.growth_of)))
         return
     if arguments.row:
-        print(json.dumps([row(*arguments.row, arguments.repeats)]))
+        one = row(*arguments.row, arguments.repeats)
+        announce(one)
+        print(json.dumps([one]))
         return
     repeats = ["--repeats", str(arguments.repeats)]
     found = [
@@ -250,10 +258,14 @@ def ratios(found: list[dict[str, object]]) -> list[dict[str, object]]:
 COLUMNS = ("edges", "pairs", "forwards", "cpu_s", "us_per_edge", "rss_mb", "kb_per_edge", "of_budget")
 
 
+def line(row: dict[str, object]) -> str:
+    return f"{row['size']:10}{row['method']:30}" + "".join(f"{row.get(name, '')!s:>13}" for name in COLUMNS)
+
+
 def show(found: list[dict[str, object]]) -> None:
     print(f"{'size':10}{'method':30}" + "".join(f"{name:>13}" for name in COLUMNS))
     for row in found:
-        print(f"{row['size']:10}{row['method']:30}" + "".join(f"{row.get(name, '')!s:>13}" for name in COLUMNS))
+        print(line(row))
     for ratio in ratios(found):
         print(f"{ratio['size']}: auto-circuit takes {ratio['times']} times as long for {ratio['method']}")
 

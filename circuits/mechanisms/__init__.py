@@ -185,7 +185,8 @@ def explain(model: Any, task: Task, *, seed: int = 0, budget: str = "full", prog
     """Return the verdict on how a model does a task: label, mechanism, evidence for and against.
 
     Tests of mechanism are run only on a model that has learned its training pairs; before that there is nothing to
-    explain. The seconds of each test stand in its evidence.
+    explain. A test that only describes and does not fit the model is passed over, which ``why`` says. The seconds of
+    each test stand in its evidence.
 
     Args:
         model: any hooked model (ours or a ``TransformerBridge``) that reads the task's tokens.
@@ -211,11 +212,13 @@ def explain(model: Any, task: Task, *, seed: int = 0, budget: str = "full", prog
         if not bool(torch.isfinite(weight).all()):
             raise CorruptRun(f"{weight_name} is not finite (NaN or infinity): the model is damaged")
     items: list[Evidence] = []
+    passed_over: list[str] = []
     readings: Readings | None = None
     for name in tqdm(applicable(task, budget=budget), desc="explain", unit="test", disable=not progress, leave=False):
         if len(items) == 2 and not worth_explaining(items[0]):
             break
         started = time.perf_counter()
+        shared: dict[str, Readings] = {}
         if "readings" in inspect.signature(TESTS[name]).parameters:
             try:
                 readings = readings or read(model, task, seed=seed)
@@ -224,11 +227,18 @@ def explain(model: Any, task: Task, *, seed: int = 0, budget: str = "full", prog
                 return dataclasses.replace(
                     verdict, why=f"{verdict.why.rstrip()} No test of mechanism applies: {error}."
                 )
-            evidence = TESTS[name](model, task, seed=seed, readings=readings)
-        else:
-            evidence = TESTS[name](model, task, seed=seed)
+            shared = {"readings": readings}
+        try:
+            evidence = TESTS[name](model, task, seed=seed, **shared)
+        except UnsupportedModel as error:
+            if name not in (*DESCRIBING, *MODULAR):
+                raise
+            passed_over.append(f"{name}: {error}")
+            continue
         items.append(dataclasses.replace(evidence, seconds=time.perf_counter() - started))
     verdict = decide(tuple(items))
+    if passed_over:
+        verdict = dataclasses.replace(verdict, why=f"{verdict.why} Not applicable: {'; '.join(passed_over)}.")
     sub_label = clock_or_pizza(verdict.items) if verdict.mechanism == "fourier" else None
     if sub_label is None:
         return verdict

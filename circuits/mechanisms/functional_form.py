@@ -18,6 +18,7 @@ from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.heuristics import MODULI
 from circuits.mechanisms.least_squares import block_fits, greedy_fit
 from circuits.mechanisms.readings import Readings, decisive_layers, group_index, read
+from circuits.mechanisms.thresholds import RULE
 from circuits.tasks.base import Task
 
 TOP_NEURONS = 512
@@ -441,8 +442,8 @@ def functional_form(model: Any, task: Task, *, seed: int = 0, readings: Readings
         interval=bootstrap_interval(weighted, lambda rows: rows[:, 0].sum() / rows[:, 1].sum(), seed=seed),
         control=null,
         control_name="operands renamed at random",
-        threshold="single-frequency share >= 0.75 for a Fourier algorithm",
-        passed=shares["frequency"] >= 0.75,
+        threshold=f"single-frequency share >= {RULE.frequency_share:.2f} for a Fourier algorithm",
+        passed=shares["frequency"] >= RULE.frequency_share,
         details=details,
         source="Nanda et al. 2023, arXiv 2301.05217, section 4.2",
         seconds=time.perf_counter() - start,

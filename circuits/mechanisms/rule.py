@@ -101,6 +101,8 @@ def _named(
     others = [test for test in ("pair-lookup", *HEURISTICS) if test in by and by[test].passed]
     # a bag of ranges and residues of the result moves with the operands as a line does: what its neurons are decides
     passing = [name for name in passing if not (name == "number-line" and "result-heuristics" in others)]
+    if passing and others and not learned(by["accuracy-gate"], rule):
+        return None  # an algorithm with errors, or ranges that leave some answers open: they look alike
     if passing and others and passing[0] != "columns":  # columns were held against them already
         return (
             "undetermined",
@@ -289,7 +291,8 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
     # What neurons work on says it, where lists or ranges of them seem to be there: digits of one column are ranges.
     own = by.get("digit-neurons")
     counted = own is not None and own.value >= rule.interchange and (own.control or 0) <= rule.interchange_control
-    listed = any(by[test].passed for test in ("pair-lookup", *HEURISTICS) if test in by) and not counted
+    # Neurons of the result's own digits are a column's last step. Those that read a magnitude let a line be swapped.
+    listed = any(by[test].passed for test in ("pair-lookup", "rectangles") if test in by) and not counted
     # A base: none where answers wrap around. Random functions: few values leave nearly all of a state to a digit.
     apart = swap.number("digits_control", 0.0) <= rule.digits_random and not wraps
     passes = min(low, high) >= rule.interchange and swap.number("line") <= rule.columns_line and apart and not listed

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits._stats import bootstrap_interval
+from circuits.errors import UnsupportedModel
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.heuristics import KINDS, Matches, Ranks, match, ranks
 from circuits.mechanisms.readings import Readings, read
@@ -39,6 +40,8 @@ def value_vectors(model: Any, task: Task, layers: tuple[int, ...]) -> Float[Tens
 
     Source: the value of key-value memories, W_out W_U: Nikankin et al. 2025 (arXiv 2410.21272), section 4.1.
     """
+    if not hasattr(model, "unembed"):
+        raise UnsupportedModel(f"{type(model).__name__} has no unembed.W_U, by which neurons vote for answers")
     unembedding = model.unembed.W_U[:, task.answer_tokens.to(model.unembed.W_U.device)]
     votes = torch.cat([model.blocks[layer].mlp.W_out @ unembedding for layer in layers]).detach()
     return votes - votes.mean(1, keepdim=True)

@@ -223,6 +223,9 @@ def explain(
     else:
         print(f"{verdict.label}" + (f" ({verdict.mechanism})" if verdict.mechanism else ""))
         print(f"{verdict.why}\n")
+        for side, sentences in (("for", verdict.evidence_for), ("against", verdict.evidence_against)):
+            print(*(f"{side}: {sentence}" for sentence in sentences or ("nothing",)), sep="\n")
+        print()
         columns = ["value", "low", "high", "control", "threshold", "passed", "seconds"]
         print(_text(verdict.to_frame()[columns].reset_index()))
         print(f"\n{budget} budget: {sum(e.seconds for e in verdict.items):.1f} s")
@@ -263,7 +266,18 @@ def report(
     return 0
 
 
-KINDS = ("tasks", "objectives", "methods", "analyses", "tests", "presets", "references", "known-circuits")
+KINDS = ("tasks", "objectives", "methods", "analyses", "tests", "presets")
+KINDS += ("references", "trained-references", "known-circuits")
+    "tasks",
+    "objectives",
+    "methods",
+    "analyses",
+    "tests",
+    "presets",
+    "references",
+    "trained-references",
+    "known-circuits",
+)
 
 
 def list_names(
@@ -359,16 +373,18 @@ def calibrate(
     from circuits.study.calibration import calibrate as judge
 
     found = judge(out, families=families or None, seeds=seeds, workers=workers)
+    page = found.report
     if as_json:
         _print_json(_records(found.table))
     else:
         print(_text(found.summary()), found.confusion().to_string(), _text(found.left_out()), sep="\n\n")
-        print(f"\ntable:  {found.path / 'calibration.parquet'}\nreport: {found.report}")
+        print(f"\ntable:  {found.path / 'calibration.parquet'}\nreport: {page}")
     return 0
 
 
 _TABLES = {
     "references": ("reference", "REFERENCES"),
+    "trained-references": ("reference", "TRAINED"),
     "tasks": ("tasks", "TASKS"),
     "objectives": ("objectives", "OBJECTIVES"),
     "methods": ("discovery", "METHODS"),

@@ -201,3 +201,10 @@ def test_bad_requests_are_refused() -> None:
     with pytest.raises(BadInput, match="no ablation changes metric constant at all"):
         acdc(model, pairs, constant)
     assert not any(point._forward_hooks for point in model.hook_dict.values())
+
+
+def test_decisions_in_half_precision_do_not_depend_on_how_many_are_tried_at_a_time() -> None:
+    model, pairs = build("layer-norm").to(torch.bfloat16), some_pairs(6)
+    one, four = (acdc(model, pairs, tau=0.01, speculate=n) for n in (1, 4))
+    assert torch.equal(one.kept, four.kept)
+    assert "bfloat16" in str(one.details["whole_forwards_because"])

@@ -169,3 +169,24 @@ def test_a_model_that_drops_activations_at_random_is_refused() -> None:
     with pytest.raises(BadInput, match="dropout is active in extra"):
         eap(model.train(), pairs)
     assert isinstance(eap(model.eval(), pairs), Circuit)
+
+
+@pytest.mark.parametrize("option", ["n_random", "greedy_steps", "greedy_candidates"])
+def test_numbers_of_knock_outs_are_counted(option: str) -> None:
+    model, pairs = build(), some_pairs(4)
+    with pytest.raises(BadInput, match=f"{option} = -1"):
+        discovery.completeness(model, eap(model, pairs).top(10), pairs, **{option: -1})
+
+
+def test_an_option_of_another_method_is_named() -> None:
+    with pytest.raises(BadInput, match="rules is no option of 'exact', the method for 61 edges"):
+        discovery.attribute(build(), some_pairs(4), rules="gim")
+
+
+def test_hypotheses_on_a_metric_that_knows_no_logits_are_refused() -> None:
+    model, pairs = build(), some_pairs(6)
+    circuit = eap(model, pairs).top(10)
+    with pytest.raises(BadInput, match="no set of edges changes metric"):
+        discovery.hypothesis_tests(
+            model, circuit, pairs, lambda logits, p: torch.ones(len(p)), quantile=0.5, n_random=7
+        )

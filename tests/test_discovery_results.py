@@ -221,6 +221,16 @@ def test_the_circuits_figure_shows_the_largest_edges_with_scores_and_intervals()
     assert circuit.top(0).figure().data
 
 
+def test_scores_without_a_sign_are_drawn_in_no_colour_of_one() -> None:
+    figure = discovery.acdc(build(), some_pairs(4), tau=0.01).figure()
+    edges = [trace for trace in figure.data if trace.text is not None and "→" in trace.text[0]]
+    assert len(edges) > 1 and len({trace.line.color for trace in edges}) == 1
+    names = {trace.name for trace in figure.data if trace.name}
+    assert not any("raises the metric" in name for name in names) and any("no sign" in name for name in names)
+    colours = {trace.line.color for trace in some_circuit().figure().data if trace.name and "metric" in trace.name}
+    assert not colours & {trace.line.color for trace in edges}
+
+
 def test_the_curves_figure_shows_both_rankings_the_control_and_the_areas() -> None:
     model, pairs = build(), some_pairs()
     result = faithfulness(model, eap(model, pairs), pairs)

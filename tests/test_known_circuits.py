@@ -160,3 +160,14 @@ def test_what_is_not_there_is_named() -> None:
     for name in ("program-sort", "linear", "interchange-sum"):
         with pytest.raises(BadInput, match="n_pairs = 0"):
             build(name, n_pairs=0)
+
+
+@pytest.mark.parametrize("name", sorted(n for n in KNOWN_CIRCUITS if not n.startswith("hard")))
+def test_exact_nodes_of_every_known_circuit(name: str) -> None:
+    known = build(name, n_pairs=8)
+    if not known.active:
+        with pytest.raises(BadInput, match="no ablation changes metric"):
+            discovery.exact_nodes(known.model, known.pairs)
+        return
+    frame = discovery.exact_nodes(known.model, known.pairs)
+    assert len(frame) == len(Graph.from_model(known.model).sources)

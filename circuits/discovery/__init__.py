@@ -6,6 +6,7 @@ nothing of it is changed, and no tokenizer is needed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,7 +42,7 @@ from circuits.discovery.random_circuits import random_circuits
 from circuits.discovery.stability import Stability, stability
 from circuits.discovery.subnetwork_probing import subnetwork_probing
 from circuits.discovery.uniform_gradient_sampling import uniform_gradient_sampling
-from circuits.errors import UnknownName
+from circuits.errors import BadInput, UnknownName
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
 
@@ -155,11 +156,18 @@ def attribute(model: HookedModel, pairs: Pairs, *, method: str | None = None, **
         options: Passed on.
 
     Raises:
+        BadInput: no method is named, and the one that is chosen has no such option.
         UnknownName: no such method.
     """
     if method is None:
         n_edges = Graph.from_model(model, neurons=bool(options.get("neurons"))).n_edges
         method = "exact" if n_edges <= EXACT_UP_TO else "eap-ig-inputs"
+        known = inspect.signature(METHODS[method]).parameters
+        if unknown := [option for option in options if option not in known]:
+            raise BadInput(
+                f"{unknown[0]} is no option of {method!r}, the method for {n_edges} edges if none is named: name one "
+                "that has it"
+            )
     name = method.replace("_", "-")
     if name not in METHODS:
         raise UnknownName("discovery method", method, METHODS)

@@ -29,8 +29,8 @@ from circuits.errors import BadInput
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
 
-TIE = 128 * torch.finfo(torch.float32).eps
-"""How near to the threshold, in the size of logits and metric, a change may be moved across it by rounding."""
+TIE = 128
+"""How near to the threshold, in roundings of logits and metric, a change may be moved across it by rounding."""
 
 
 def acdc(
@@ -132,7 +132,10 @@ def _runs(
     if memory_budget is not None:
         kept += peak_bytes(lambda: reproducible_metric(setting, every, pairs=min(n, AT_A_TIME)))
     why = setting.why_whole
-    if setting.blocks is not None:
+    precision = setting.sites.layers[0].W_O.dtype
+    if setting.blocks is not None and precision not in (torch.float32, torch.float64):
+        why = f"sums of many small changes are not to be trusted in {str(precision).removeprefix('torch.')}"
+    elif setting.blocks is not None:
         fits = n
         if memory_budget is not None:
             fits = patched_at_a_time(
@@ -166,7 +169,8 @@ def _decide(
     first = np.cumsum((0, *graph.visible))
     onwards = np.zeros_like(kept)
     live = frozenset().union(*(run.live for _, run in runs))
-    tie = TIE * max(run.scale for _, run in runs)
+    rounding = TIE * max(torch.finfo(torch.float32).eps, torch.finfo(setting.sites.layers[0].W_O.dtype).eps)
+    tie = rounding * max(run.scale for _, run in runs)
     order = torch.cat([rows for rows, _ in runs])
     tried = 0
     for reader in reversed(range(len(graph.readers))):
@@ -184,7 +188,7 @@ def _decide(
             n = 0
             for k in range(len(sources)):
                 size = _size(setting, steps[k])
-                if abs(size - tau) <= tie + TIE * float(after[k].abs().mean()):
+                if abs(size - tau) <= tie + rounding * float(after[k].abs().mean()):
                     steps[k] = _reproducible_step(setting, kept, reader, sources[: k + 1])[order]
                     size = _size(setting, steps[k])
                 if size >= tau:

@@ -110,9 +110,14 @@ def completeness(
     everything hardly moves the metric, so that distances are divided by little.
 
     Raises:
-        BadInput: the circuit is of another graph or empty, ablating all edges changes nothing, or the budget does not
-            hold one pair.
+        BadInput: the circuit is of another graph or empty, ablating all edges changes nothing, a number of subsets or
+            edges is negative, or the budget does not hold one pair.
     """
+    for name, value in (("n_random", n_random), ("greedy_steps", greedy_steps)):
+        if value < 0:
+            raise BadInput(f"{name} = {value}: expected 0 or more")
+    if greedy_candidates < 1:
+        raise BadInput(f"greedy_candidates = {greedy_candidates}: expected 1 or more (greedy_steps = 0 grows none)")
     kept = _checked(model, circuit)
     options: dict[str, Any] = {"metric": metric, "ablation": ablation, "neurons": circuit.graph.has_neurons}
     options |= {"memory_budget": memory_budget, "batch_size": batch_size}

@@ -35,7 +35,8 @@ Point = tuple[float, float]
 def draw_circuit(circuit: Circuit, *, top: int) -> go.Figure:
     """Return the largest kept edges between the components, from the embeddings at the bottom up to the logits.
 
-    Width is the score's size, colour its sign, and the line's style the input of a head that the edge goes to.
+    Width is the score's size, colour its sign, where scores have one, and the line's style the input of a head that the
+    edge goes to.
     """
     graph = circuit.graph
     order = [i for i in circuit.ranking().tolist() if bool(circuit.kept[i]) and float(circuit.scores[i]) != 0][:top]
@@ -54,8 +55,9 @@ def draw_circuit(circuit: Circuit, *, top: int) -> go.Figure:
         if interval is not None:
             text += f"<br>95 % interval {float(interval[0][i]):+.4g} to {float(interval[1][i]):+.4g}"
         for target in reached[i]:
-            traces.append(_edge(places, component(source), target, reader, score, largest, text))
-    figure = go.Figure([*traces, *_legend(), _nodes(places, used)])
+            shown = score if circuit.signed else 0.0
+            traces.append(_edge(places, component(source), target, reader, abs(score) / largest, _colour(shown), text))
+    figure = go.Figure([*traces, *_legend(signed=circuit.signed), _nodes(places, used)])
     rows = {places[name][1]: _row(name) for name in sorted(used, key=lambda name: places[name][1])}
     figure.update_layout(
         template="circuits",
@@ -121,7 +123,7 @@ def _row(name: str) -> str:
 
 
 def _edge(
-    places: Mapping[str, Point], source: str, target: str, reader: str, score: float, largest: float, text: str
+    places: Mapping[str, Point], source: str, target: str, reader: str, size: float, colour: str, text: str
 ) -> go.Scatter:
     (x0, y0), (x1, y1) = places[source], places[target]
     x1 += PORT.get(reader.rpartition(".")[2], 0.0)
@@ -134,8 +136,8 @@ def _edge(
         y=[(1 - t) ** 2 * y0 + 2 * t * (1 - t) * middle[1] + t**2 * y1 for t in steps],
         mode="lines",
         line={
-            "width": 1 + 7 * abs(score) / largest,
-            "color": _colour(score),
+            "width": 1 + 7 * size,
+            "color": colour,
             "dash": DASH.get(reader.rpartition(".")[2], "solid"),
         },
         opacity=0.75,
@@ -149,10 +151,13 @@ def _colour(score: float) -> str:
     return SUPPORTS if score < 0 else OPPOSES if score > 0 else NEUTRAL
 
 
-def _legend() -> list[go.Scatter]:
-    entries = [
+def _legend(*, signed: bool) -> list[go.Scatter]:
+    signs = [
         ("corrupting it lowers the metric", SUPPORTS, "solid"),
         ("corrupting it raises the metric", OPPOSES, "solid"),
+    ]
+    entries = [
+        *(signs if signed else [("the wider, the larger the score, which has no sign", NEUTRAL, "solid")]),
         ("into a query", NEUTRAL, DASH["q"]),
         ("into a key", NEUTRAL, DASH["k"]),
     ]

@@ -17,7 +17,7 @@ from circuits.discovery.ablate import SAME_POSITIONS
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.evaluate import ablated_metric
 from circuits.discovery.graph import Graph
-from circuits.discovery.metrics import Metric, logit_difference
+from circuits.discovery.metrics import Metric, logit_difference, name_of
 from circuits.discovery.random_circuits import random_circuits, random_path
 from circuits.errors import BadInput, UnknownName
 from circuits.model import HookedModel
@@ -151,7 +151,8 @@ def hypothesis_tests(
     equivalence being kept is no proof that the circuit is equivalent.
 
     Raises:
-        BadInput: the circuit is of another graph, empty or the whole model, a rate is not between 0 and 1, there are
+        BadInput: the circuit is of another graph, empty or the whole model, the metric does not depend on the logits,
+            a rate is not between 0 and 1, there are
             too few random circuits or permutations for any outcome to be significant at ``level``, the complement
             has no random circuits of the circuit's size, or the budget does not hold what has to be there at a time.
         UnknownName: no such ``reference``.
@@ -173,6 +174,11 @@ def hypothesis_tests(
     scores = ablated_metric(model, pairs, keep, metric=metric, ablation=ablation, **options)
     parts = scores.double().cpu().split([len(group) for group in groups])
     full, own, complement = parts[0][0], parts[1][0], parts[2][0]
+    if bool((torch.cat(parts) == full).all()):
+        raise BadInput(
+            f"no set of edges changes metric {name_of(metric)} at all: expected one that depends on the logits, and "
+            "pairs whose corruption changes the answer"
+        )
     found = [_equivalence(own, full, epsilon), _independence(complement, full, permutations, seed)]
     found += _against_random(full, own, complement, parts[3], parts[4], quantile)
     effects = (parts[7] - own).abs().mean(1)

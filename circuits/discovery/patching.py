@@ -124,7 +124,8 @@ class Patching:
             advance(len(sources))
         for i, layer in enumerate(self.blocks.sites.layers):
             heads = [s for s in self.live if u <= s < u + len(layer.W_O)]
-            out[heads] = self.after_attention(i, self.changes[heads][:, :, self.at(i)])
+            if heads:
+                out[heads] = self.after_attention(i, self.changes[heads][:, :, self.at(i)])
             u += len(layer.W_O)
             if layer.mlp_out is not None and u in self.live:
                 out[[u]] = self.after_block(i, self.changes[[u]][:, :, self.at(i)])

@@ -22,15 +22,16 @@ HEURISTICS = {"rectangles": "range-lookup", "result-heuristics": "result-range-b
 def decide(items: tuple[Evidence, ...], rule: Thresholds = RULE) -> Verdict:
     """Return the verdict that the rule gives on some evidence.
 
-    In order: not learned; memorisation (training pairs right, unseen pairs wrong once mirror images are set aside); a
-    list that overrules an algorithm; an algorithm (a candidate passes all its tests, no test of heuristics or lists
-    passes too, and the held-out block agrees); a mixture (a candidate's variables work on one region and fail on the
+    In order: not learned; memorisation (training pairs right, unseen pairs wrong once mirror images are set aside,
+    and no ranges of the operands that survive idealisation: a code of ranges may fail on unseen pairs); a list that
+    overrules an algorithm; an algorithm (a candidate passes all its tests, no test of heuristics or lists passes
+    too, and the held-out block agrees); a mixture (a candidate's variables work on one region and fail on the
     rest); a lookup of all pairs; matching of ranges of the operands or of ranges and residues of the result (each
-    survives idealisation); heuristics (two or more signs and no algorithm); otherwise mixed or undetermined. Where an
-    algorithm and something else pass all their tests, the evidence disagrees: undetermined. Slices are a sign of
+    survives idealisation); heuristics (two or more signs and no algorithm); otherwise mixed or undetermined. Where
+    an algorithm and something else pass all their tests, the evidence disagrees: undetermined. Slices are a sign of
     heuristics, but do not speak against an algorithm that passes: a magnitude code answers small and large numbers
-    with different neurons of the same kind. A network that errs, alike on training and on unseen pairs, is named if a
-    mechanism passes, errors and all.
+    with different neurons of the same kind. A network that errs, alike on training and on unseen pairs, is named if
+    a mechanism passes, errors and all.
     """
     by = {e.test: e for e in items}
     gate = by["accuracy-gate"]
@@ -47,6 +48,11 @@ def decide(items: tuple[Evidence, ...], rule: Thresholds = RULE) -> Verdict:
     if not worth_explaining(gate, rule):
         return verdict("not-learned", None, unknown)
     if learned(gate, rule) and _memorised(gate, rule):
+        ranges, pairs = by.get("rectangles"), by.get("pair-lookup")
+        if not passing and ranges is not None and ranges.passed and not (pairs is not None and pairs.passed):
+            return verdict(
+                "heuristics", HEURISTICS["rectangles"], f"{range_words(ranges)} {right}: ranges do not suffice."
+            )
         return verdict(*_memorisation(gate, candidates, passing))
     named = _named(by, candidates, passing, rule)
     if named is not None:

@@ -266,8 +266,7 @@ def report(
     return 0
 
 
-KINDS = ("tasks", "objectives", "methods", "analyses", "tests", "presets")
-KINDS += ("references", "trained-references", "known-circuits")
+KINDS = (
     "tasks",
     "objectives",
     "methods",

@@ -128,13 +128,13 @@ class Drawn:
 def judged(model: Any, task: Any, drawn: Drawn, sums: Fitted) -> Found:
     """How often swapping one part gives the predicted digit, and how often that fitted to other sums' digits does."""
     swaps, name, column = drawn.swaps, drawn.variable.name, drawn.column
-    written = tuple(head_outputs(model, tokens, [swaps.position]) for tokens in (swaps.base, swaps.source))
+    base, source = (head_outputs(model, tokens, [swaps.position]) for tokens in (swaps.base, swaps.source))
     before, after = (column_digits(x, column).to(swaps.base.device) for x in (drawn.base, drawn.source))
     shares = []
     for renamed in (False, True):
         own = sums.own_parts(column, swaps.position, renamed=renamed)
         moved = {hook: table[after] - table[before] for hook, table in own.items()}
-        shares.append(swapped_parts(model, task, swaps, written, moved, carry=name.startswith("carry")))
+        shares.append(swapped_parts(model, task, swaps, (base, source), moved, carry=name.startswith("carry")))
     return Found(name, (), int(shares[0].sum()), len(shares[0]), float(shares[1].float().mean()))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from circuits.errors import UnknownName
+from circuits.tasks import games
 from circuits.tasks.arithmetic import Addition, DigitAddition, ModularAddition
 from circuits.tasks.base import SPLITS, Batch, Pairs, Role, Task, Variable
 from circuits.tasks.without_equals import WithoutEquals
@@ -28,6 +29,7 @@ __all__ = [
     "Task",
     "Variable",
     "WithoutEquals",
+    "games",
     "get",
 ]
 

@@ -1,0 +1,72 @@
+"""Games: finite worlds of moves with a known state behind every prefix, in engines that play them by the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from circuits.errors import UnknownName
+from circuits.tasks.games.base import Contest, Game, Games, Heuristic, Policy, Symmetry, agreement
+from circuits.tasks.games.connect3 import Connect3
+from circuits.tasks.games.gridworld import Gridworld
+from circuits.tasks.games.group_word import GroupWord
+from circuits.tasks.games.hold_out import HeldOut, Overlap, hold_out, state_overlap
+from circuits.tasks.games.last_tokens import LastTokens
+from circuits.tasks.games.lattice import Lattice, WallDetector
+from circuits.tasks.games.nim import Nim
+from circuits.tasks.games.othello import Othello
+
+GAMES: dict[str, type] = {
+    "lattice": Lattice,
+    "gridworld": Gridworld,
+    "connect3": Connect3,
+    "othello": Othello,
+    "nim": Nim,
+    "group-word": GroupWord,
+}
+"""Every game by its name."""
+
+__all__ = [
+    "GAMES",
+    "Connect3",
+    "Contest",
+    "Game",
+    "Games",
+    "Gridworld",
+    "GroupWord",
+    "HeldOut",
+    "Heuristic",
+    "LastTokens",
+    "Lattice",
+    "Nim",
+    "Othello",
+    "Overlap",
+    "Policy",
+    "Symmetry",
+    "WallDetector",
+    "agreement",
+    "get",
+    "hold_out",
+    "state_overlap",
+]
+
+
+def get(name: str, **parameters: object) -> Game:
+    """Return the game of that name with the given parameters (defaults elsewhere).
+
+    Args:
+        name: a key of ``GAMES``; underscores are accepted for hyphens.
+        parameters: fields of the game's dataclass.
+
+    Raises:
+        UnknownName: no game has that name, or the game has no such parameter.
+        BadInput: a parameter has a value that cannot be used.
+    """
+    key = name.replace("_", "-")
+    if key not in GAMES:
+        raise UnknownName("game", name, GAMES)
+    known = [field.name for field in dataclasses.fields(GAMES[key])]
+    for parameter in parameters:
+        if parameter not in known:
+            raise UnknownName(f"parameter of {key}", parameter, known)
+    game: Game = GAMES[key](**parameters)
+    return game

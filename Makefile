@@ -20,7 +20,7 @@ TL3 := .venv-tl3
 TL3_TESTS := $(addprefix tests/test_,model.py discovery.py discovery_errors.py against_transformer_lens.py exact.py acdc.py \
 	gradient_methods.py gradient_rules.py neurons.py positions.py path_and_activation_patching.py circuit_evaluation.py \
 	faithfulness.py learned_masks.py discovery_guards.py discovery_results.py discovery_memory.py discovery_bench.py \
-	known_circuits.py shared_norm.py circuit_algebra.py)
+	known_circuits.py hard_circuits.py discovery_benchmark.py shared_norm.py circuit_algebra.py)
 
 .PHONY: help study test test-tl3 lint types docs bench notebooks real-model clean
 .DEFAULT_GOAL := help

@@ -39,7 +39,7 @@ def eap(
         progress: Whether to show a bar.
 
     Cost: two forwards (on the corrupt and on the clean inputs) and one backward, on activations alone, and products of
-        the size of the attention projections: three to four forwards in all.
+        the size of the attention projections: four to five forwards in all.
 
     Conventions: no path is integrated: the gradient is that at the clean input. The score is the effect of corrupting
         the edge: below zero it supports the answer under ``logit_difference`` (MIB's files have the opposite sign).

@@ -225,7 +225,6 @@ def explain(
         print(f"{verdict.why}\n")
         for side, sentences in (("for", verdict.evidence_for), ("against", verdict.evidence_against)):
             print(*(f"{side}: {sentence}" for sentence in sentences or ("nothing",)), sep="\n")
-        print()
         columns = ["value", "low", "high", "control", "threshold", "passed", "seconds"]
         print(_text(verdict.to_frame()[columns].reset_index()))
         print(f"\n{budget} budget: {sum(e.seconds for e in verdict.items):.1f} s")
@@ -266,17 +265,7 @@ def report(
     return 0
 
 
-KINDS = (
-    "tasks",
-    "objectives",
-    "methods",
-    "analyses",
-    "tests",
-    "presets",
-    "references",
-    "trained-references",
-    "known-circuits",
-)
+KINDS = ("tasks", "objectives", "methods", "analyses", "tests", "presets", "references", "trained", "known-circuits")
 
 
 def list_names(
@@ -383,7 +372,7 @@ def calibrate(
 
 _TABLES = {
     "references": ("reference", "REFERENCES"),
-    "trained-references": ("reference", "TRAINED"),
+    "trained": ("reference", "TRAINED"),
     "tasks": ("tasks", "TASKS"),
     "objectives": ("objectives", "OBJECTIVES"),
     "methods": ("discovery", "METHODS"),

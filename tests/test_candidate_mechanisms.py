@@ -276,6 +276,16 @@ def test_an_mlp_that_decides_nothing_needs_no_description():
     assert math.isnan(found.value) and "not applicable" in found.threshold
 
 
+def test_answers_that_pass_by_the_neurons_are_not_explained_by_them(monkeypatch):
+    model, task, _ = reference.build("number-line", n=12)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.W_out.zero_()
+    monkeypatch.setattr(mechanisms, "worth_explaining", lambda gate: True)
+    verdict = mechanisms.explain(model, task, budget="quick")
+    assert "no neuron matters to the answers" in verdict.why and len(verdict.items) == 2
+
+
 @pytest.mark.parametrize("parameters", [{"operation": "-"}, {"operation": "*"}])
 def test_new_tests_run_on_every_operation(parameters):
     task = tasks.get("modular-addition", p=17, **parameters)

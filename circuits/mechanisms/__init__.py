@@ -221,7 +221,7 @@ def explain(model: Any, task: Task, *, seed: int = 0, budget: str = "full", prog
         shared: dict[str, Readings] = {}
         if "readings" in inspect.signature(TESTS[name]).parameters:
             try:
-                readings = readings or read(model, task, seed=seed)
+                readings = readings or _read(model, task, seed)
             except UnsupportedModel as error:
                 verdict = decide(tuple(items))
                 return dataclasses.replace(
@@ -243,3 +243,15 @@ def explain(model: Any, task: Task, *, seed: int = 0, budget: str = "full", prog
     if sub_label is None:
         return verdict
     return dataclasses.replace(verdict, sub_label=sub_label.name, why=f"{verdict.why} {sub_label.why}")
+
+
+def _read(model: Any, task: Task, seed: int) -> Readings:
+    """Read a model whose neurons have a part in its answers.
+
+    Raises:
+        UnsupportedModel: they have none, or there are none.
+    """
+    readings = read(model, task, seed=seed)
+    if not bool((readings.importance > 0).any()):
+        raise UnsupportedModel("no neuron matters to the answers, which pass by the MLPs")
+    return readings

@@ -150,7 +150,7 @@ def spectral(model: Any, task: Task, *, seed: int = 0, readings: Readings | None
 
     Formula: acc(P L + mean L) - acc(L - P L), with L the logits, centred per answer, over all pairs, and P the
         projection on the span over chosen k of {cos, sin}(w_k (a + b)) x {1, abs cos(w_k (a - b) / 2)}, w_k = 2
-        pi k / p. The explained variance is |P L|^2 / |L|^2.
+        pi k / p. The explained variance is ``|P L|^2 / |L|^2``.
 
     Source: restricted and excluded logits: Nanda et al. 2023 (arXiv 2301.05217), section 5.2 and appendix;
     distance-modulated basis: Zhong et al. 2023 (arXiv 2306.17844).

@@ -132,9 +132,8 @@ def _runs(
     if memory_budget is not None:
         kept += peak_bytes(lambda: reproducible_metric(setting, every, pairs=min(n, AT_A_TIME)))
     why = setting.why_whole
-    precision = setting.sites.layers[0].W_O.dtype
-    if setting.blocks is not None and precision not in (torch.float32, torch.float64):
-        why = f"sums of many small changes are not to be trusted in {str(precision).removeprefix('torch.')}"
+    if setting.blocks is not None and setting.half_precision:
+        why = f"sums of many small changes are not to be trusted in {str(setting.dtype).removeprefix('torch.')}"
     elif setting.blocks is not None:
         fits = n
         if memory_budget is not None:
@@ -169,7 +168,7 @@ def _decide(
     first = np.cumsum((0, *graph.visible))
     onwards = np.zeros_like(kept)
     live = frozenset().union(*(run.live for _, run in runs))
-    rounding = TIE * max(torch.finfo(torch.float32).eps, torch.finfo(setting.sites.layers[0].W_O.dtype).eps)
+    rounding = TIE * max(torch.finfo(torch.float32).eps, torch.finfo(setting.dtype).eps)
     tie = rounding * max(run.scale for _, run in runs)
     order = torch.cat([rows for rows, _ in runs])
     tried = 0

@@ -52,6 +52,16 @@ class Setting:
         """What the run to be changed reads."""
         return self.pairs.corrupt if self.denoising else self.pairs.clean
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return self.sites.layers[0].W_O.dtype
+
+    @property
+    def half_precision(self) -> bool:
+        """Whether thousands of small changes to one sum would add up to more than they are."""
+        return self.dtype not in (torch.float32, torch.float64)
+
     def details(self, ablation: Ablation) -> dict[str, str | int | bool]:
         """Return what a result records of the setting."""
         facts: dict[str, str | int | bool] = {"pairs": len(self.pairs), "changed": self.pairs.changed}

@@ -116,8 +116,7 @@ def nested_metric(
     with torch.no_grad():
         budgets: dict[str, Any] = {"memory_budget": memory_budget, "batch_size": batch_size}
         setting = setting_of(model, pairs, metric, ablation=ablation, denoising=False, **budgets)
-        # In half precision thousands of small changes to one sum would add up to more than they are.
-        if setting.blocks is None or setting.sites.layers[0].W_O.dtype not in (torch.float32, torch.float64):
+        if setting.blocks is None or setting.half_precision:
             return None
         graph = setting.sites.graph
         lost = _lost(graph, keep.cpu().numpy())

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-from circuits.errors import UnknownName
 from circuits.tasks import games
 from circuits.tasks.arithmetic import Addition, DigitAddition, ModularAddition
-from circuits.tasks.base import SPLITS, Batch, Pairs, Role, Task, Variable
+from circuits.tasks.base import SPLITS, Batch, Pairs, Role, Task, Variable, from_table
 from circuits.tasks.without_equals import WithoutEquals
 
 TASKS: dict[str, type] = {
@@ -45,12 +42,5 @@ def get(name: str, **parameters: object) -> Task:
         UnknownName: no task has that name, or the task has no such parameter.
         BadInput: a parameter has a value that cannot be used.
     """
-    key = name.replace("_", "-")
-    if key not in TASKS:
-        raise UnknownName("task", name, TASKS)
-    known = [field.name for field in dataclasses.fields(TASKS[key])]
-    for parameter in parameters:
-        if parameter not in known:
-            raise UnknownName(f"parameter of {key}", parameter, known)
-    task: Task = TASKS[key](**parameters)
+    task: Task = from_table("task", TASKS, name, parameters)
     return task

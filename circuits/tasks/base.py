@@ -5,14 +5,17 @@ A task is a frozen dataclass whose fields are its parameters. It never sees a mo
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from circuits.errors import UnknownName
 
 SPLITS = ("train", "random", "block")
 """``train``; ``random``: held out at random; ``block``: a held-out contiguous block of the operand square."""
@@ -222,3 +225,20 @@ class Task(Protocol):
     def pairs(self, n: int, *, seed: int = 0, change: str | None = None) -> Pairs:
         """``n`` clean/corrupt pairs from the training split that change one variable."""
         ...
+
+
+def from_table(kind: str, table: Mapping[str, type], name: str, parameters: Mapping[str, object]) -> Any:
+    """Return the dataclass that stands in a table by name, made with some of its fields; underscores are hyphens.
+
+    Raises:
+        UnknownName: the table has no such name, or the dataclass no such field.
+        BadInput: a field has a value that cannot be used.
+    """
+    key = name.replace("_", "-")
+    if key not in table:
+        raise UnknownName(kind, name, table)
+    known = [field.name for field in dataclasses.fields(table[key])]
+    for parameter in parameters:
+        if parameter not in known:
+            raise UnknownName(f"parameter of {key}", parameter, known)
+    return table[key](**parameters)

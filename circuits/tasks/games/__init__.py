@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-from circuits.errors import UnknownName
+from circuits.tasks.base import from_table
 from circuits.tasks.games.base import Contest, Game, Games, Heuristic, Policy, Symmetry, agreement
 from circuits.tasks.games.connect3 import Connect3
 from circuits.tasks.games.gridworld import Gridworld
@@ -61,12 +59,5 @@ def get(name: str, **parameters: object) -> Game:
         UnknownName: no game has that name, or the game has no such parameter.
         BadInput: a parameter has a value that cannot be used.
     """
-    key = name.replace("_", "-")
-    if key not in GAMES:
-        raise UnknownName("game", name, GAMES)
-    known = [field.name for field in dataclasses.fields(GAMES[key])]
-    for parameter in parameters:
-        if parameter not in known:
-            raise UnknownName(f"parameter of {key}", parameter, known)
-    game: Game = GAMES[key](**parameters)
+    game: Game = from_table("game", GAMES, name, parameters)
     return game

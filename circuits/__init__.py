@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from circuits import study as study
     from circuits import tasks as tasks
     from circuits import training as training
+    from circuits import worldmodels as worldmodels
     from circuits.training import train as train
 
     __version__: str
@@ -48,6 +49,7 @@ _MODULES = (
     "study",
     "tasks",
     "training",
+    "worldmodels",
 )
 
 __all__ = ["__version__", "train", *_MODULES]

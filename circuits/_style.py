@@ -29,6 +29,17 @@ VERDICT_GLYPHS: dict[str, str] = {
 }
 """One sign per verdict label, so that colour never speaks alone."""
 
+WORLD_MODEL_NAMES: dict[str, str] = {
+    "world-model": "algorithm",
+    "heuristic": "heuristics",
+    "mixed": "mixed",
+    "undetermined": "undetermined",
+    "not-learned": "not-learned",
+}
+"""Which verdict on arithmetic each verdict on a game corresponds to."""
+WORLD_MODEL_COLOURS: dict[str, str] = {name: VERDICT_COLOURS[same] for name, same in WORLD_MODEL_NAMES.items()}
+WORLD_MODEL_GLYPHS: dict[str, str] = {name: VERDICT_GLYPHS[same] for name, same in WORLD_MODEL_NAMES.items()}
+
 BLUE, NAVY, RED, GREY = "#0a7fc8", "#1c2a6b", "#e63a60", "#525b68"
 SERIES = (BLUE, NAVY, RED, GREY)
 """Curves, bars and edges: blues, a red and a grey, which are no verdict's."""

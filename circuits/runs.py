@@ -33,6 +33,7 @@ from circuits.model import ModelConfig, Transformer, load
 from circuits.objectives.recipe import Recipe
 from circuits.tasks import TASKS
 from circuits.tasks.base import Task
+from circuits.tasks.games import GAMES, Game
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,6 +44,10 @@ CHECKPOINT = r"checkpoints/step-\d+\.safetensors"
 """What a checkpoint's file is called below the run's directory."""
 
 
+def _tasks_and_games() -> Mapping[str, type]:
+    return {**TASKS, **GAMES}
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """What a run is known by: the same config gives the same weights, unless a stage has a ``stop_accuracy``.
@@ -51,13 +56,13 @@ class RunConfig:
     is no part of the config.
     """
 
-    task: Annotated[Task, TASKS]
+    task: Annotated[Task | Game, _tasks_and_games]
     recipe: Recipe
     seed: int
     model: ModelConfig
 
 
-def run_id(task: Task, recipe: Recipe, seed: int, model: ModelConfig) -> str:
+def run_id(task: Task | Game, recipe: Recipe, seed: int, model: ModelConfig) -> str:
     """Return the run's ID: 12 hexadecimal digits of the sha256 of its canonical config."""
     return config_id(RunConfig(task, recipe, seed, model))
 
@@ -97,7 +102,7 @@ class Run:
         return str(self.manifest["id"])
 
     @property
-    def task(self) -> Task:
+    def task(self) -> Task | Game:
         """The task that the run was trained on."""
         return self.config.task
 

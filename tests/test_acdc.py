@@ -130,7 +130,7 @@ def test_decisions_do_not_depend_on_threads_or_hash_seed() -> None:
     model, pairs = build("layer-norm", d_model=64, d_mlp=256), some_pairs(20)
     taus = [0.02, thresholds(model, pairs, kl_divergence(model, pairs))[0]]
     runs = []
-    for threads, options, seed in (("1", {}, "0"), ("2", {"batch_size": 9}, "1"), ("2", {"speculate": 3}, "random")):
+    for threads, options, seed in (("1", {}, "0"), ("2", {"batch_size": 9, "speculate": 3}, "random")):
         path = os.pathsep.join([str(HERE), str(HERE.parent)])
         # threads that wait must not take the cores of those that work, here or in another test
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
@@ -144,7 +144,7 @@ def test_decisions_do_not_depend_on_threads_or_hash_seed() -> None:
         kept.append(json.loads(printed[0]))
         # as many threads as before: none was left at one
         assert printed[1] == threads
-    assert kept[0] == kept[1] == kept[2]
+    assert kept[0] == kept[1]
     assert 3 < sum(kept[0][0]) < 58
 
 

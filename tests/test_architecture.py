@@ -24,7 +24,7 @@ SIBLINGS_ALLOWED = {("model", part) for part in ("_layers", "_convert", "_io")} 
     ("cli", "_arguments"),
 }
 NEVER = {"objectives", "runs", "training"}
-STANDS_ALONE = {"discovery", "mechanisms"}
+STANDS_ALONE = {"discovery", "mechanisms", "worldmodels"}
 # The report of a study is written on first use: the one call upwards, and only from inside a function.
 LATE_BOUND = ("study", "report")
 

@@ -27,7 +27,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "NUISANCES", chosen)
 
 
-def test_rows_are_single_verdicts_and_are_not_computed_twice(small: None, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tests of this file calibrate, one after another: what one computed the next finds there."""
+    return tmp_path_factory.mktemp("calibration")
+
+
+def test_rows_are_single_verdicts_and_are_not_computed_twice(small: None, folder: Path) -> None:
+    tmp_path = folder
     found = calibrate(tmp_path, seeds=2, progress=False)
     assert len(found.table) == 3 * (2 + 1)
     model, task, truth = reference.build("fourier-pizza", seed=1, p=23, frequencies=3)
@@ -94,12 +101,12 @@ def test_every_reference_is_calibrated_on_in_three_sizes() -> None:
 
 
 def test_the_command_writes_a_page_and_prints_the_figures(
-    small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: None, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["calibrate", "--out", str(tmp_path), "--seeds", "1"]) == 0
+    assert cli.main(["calibrate", "--out", str(folder), "--seeds", "2"]) == 0
     printed = capsys.readouterr().out
     assert "share undetermined" in printed and "report.html" in printed
-    page = (tmp_path / "report.html").read_text()
+    page = (folder / "report.html").read_text()
     assert "algorithm/fourier" in page and "http://" not in page
-    assert cli.main(["calibrate", "--out", str(tmp_path), "--seeds", "1", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)) == 6
+    assert cli.main(["calibrate", "--out", str(folder), "--seeds", "2", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 9

@@ -89,7 +89,7 @@ def test_report_is_one_escaped_offline_file(page_file):
     assert text.count("plotly.js v") <= 1
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (420, "light"), (420, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (420, "dark")])
 def test_every_figure_is_drawn_and_nothing_overflows(browser, page_file, width, scheme):
     page, problems = opened(browser, page_file, width=width, scheme=scheme)
     ARTIFACTS.mkdir(exist_ok=True)

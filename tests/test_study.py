@@ -115,7 +115,6 @@ def test_model_overrides_keep_sizes_in_step() -> None:
         ('name = "minimal"', "", "missing name"),
         ('name = "minimal"', "name = 3", "name = 3: expected a str"),
         ("stages = [{", "stages = [3, {", "stage 1: 3: expected a table"),
-        ("stages = [{", "stages = [{ steps = 3,", "steps is set in the recipe and in the cell"),
         ("stages = [{", "stages = [{", None),
         ("[[cell]]", "[[cell]", "not valid TOML"),
     ],

@@ -8,9 +8,12 @@ from circuits.errors import UnknownName
 from circuits.objectives.answer import Answer
 from circuits.objectives.banded import Banded
 from circuits.objectives.base import Loss, Objective
+from circuits.objectives.legal_set import LegalSet
 from circuits.objectives.next_token import NextToken
 from circuits.objectives.recipe import Recipe, Stage
 from circuits.objectives.reinforce import Reinforce
+from circuits.objectives.simulate import Simulate
+from circuits.objectives.state import State
 from circuits.objectives.value import Value
 
 OBJECTIVES: dict[str, type] = {
@@ -19,6 +22,9 @@ OBJECTIVES: dict[str, type] = {
     "value": Value,
     "banded": Banded,
     "reinforce": Reinforce,
+    "legal-set": LegalSet,
+    "state": State,
+    "simulate": Simulate,
 }
 """Every objective by its name."""
 
@@ -26,12 +32,15 @@ __all__ = [
     "OBJECTIVES",
     "Answer",
     "Banded",
+    "LegalSet",
     "Loss",
     "NextToken",
     "Objective",
     "Recipe",
     "Reinforce",
+    "Simulate",
     "Stage",
+    "State",
     "Value",
     "get",
 ]

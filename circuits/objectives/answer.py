@@ -12,6 +12,7 @@ from circuits.objectives.base import (
     Loss,
     answer_logits,
     check_completions_fit,
+    check_has_answers,
     completion,
     has_one_token_answers,
     last_logits,
@@ -34,7 +35,12 @@ class Answer:
     name: ClassVar[str] = "answer"
 
     def check(self, task: Task) -> None:
-        """Return nothing: every task has answers."""
+        """Return nothing.
+
+        Raises:
+            BadInput: the task is a game.
+        """
+        check_has_answers(self.name, task)
 
     def loss(self, model: HookedModel, task: Task, batch: Batch, *, generator: torch.Generator) -> Loss:
         """Return the mean cross-entropy over the completion's targets.

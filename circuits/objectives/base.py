@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.errors import BadInput
-from circuits.tasks.base import Batch, Role, Task
+from circuits.tasks import games
+from circuits.tasks.base import Role, Task
 
 if TYPE_CHECKING:
     from circuits.model import HookedModel
@@ -29,15 +30,20 @@ class Loss:
 
 @runtime_checkable
 class Objective(Protocol):
-    """A loss on a task's batches: a frozen dataclass whose fields are its parameters."""
+    """A loss on a task's batches: a frozen dataclass whose fields are its parameters.
+
+    A task is a ``Task`` with its ``Batch``, or a ``Game`` with its ``GameBatch``; ``check`` says which it takes. An
+    objective that reads more than the logits has ``head(task, d_model, *, generator) -> torch.nn.Module | None`` too:
+    what it returns is trained beside the model, outside the hooked trunk, and ``loss`` then gets it as ``head``.
+    """
 
     name: ClassVar[str]
 
-    def check(self, task: Task) -> None:
+    def check(self, task: Any) -> None:
         """Return nothing; raise ``BadInput`` where the objective is undefined for the task."""
         ...
 
-    def loss(self, model: HookedModel, task: Task, batch: Batch, *, generator: torch.Generator) -> Loss:
+    def loss(self, model: HookedModel, task: Any, batch: Any, *, generator: torch.Generator) -> Loss:
         """Return the loss on a batch; whatever is drawn at random is drawn from ``generator``."""
         ...
 
@@ -65,12 +71,37 @@ def has_one_token_answers(task: Task) -> bool:
     return bool(roles[-1] == Role.ANSWER) and int((roles != Role.PROMPT).sum()) == 1
 
 
+def check_has_answers(name: str, task: Task | games.Game) -> None:
+    """Return nothing.
+
+    Raises:
+        BadInput: the task is a game, whose sequences have no prompt and no answer.
+    """
+    if games.is_game(task):
+        raise BadInput(
+            f"objective {name!r} needs a task with answers, and {task.name!r} is a game: use 'next-token', "
+            "'legal-set', 'state', 'simulate' or 'value'"
+        )
+
+
+def check_is_game(name: str, task: Task | games.Game) -> None:
+    """Return nothing.
+
+    Raises:
+        BadInput: the task is no game.
+    """
+    if not games.is_game(task):
+        known = ", ".join(games.GAMES)
+        raise BadInput(f"objective {name!r} needs a game, and {task.name!r} is none: games are {known}")
+
+
 def check_one_token_answers(name: str, task: Task) -> None:
     """Return nothing.
 
     Raises:
-        BadInput: an answer of the task is more than one token.
+        BadInput: the task is a game, or an answer of it is more than one token.
     """
+    check_has_answers(name, task)
     if not has_one_token_answers(task):
         raise BadInput(
             f"objective {name!r} needs answers of one token, and {task.name!r} has longer completions: "

@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
-from circuits.errors import BadInput
+from circuits.errors import BadInput, UnknownName
 from circuits.objectives.base import Objective, check_number
 from circuits.tasks.base import Task
+from circuits.tasks.games import Game, is_game
+
+TRAINED = ("all", "unembedding")
+"""Which weights of the model a stage can train."""
 
 
 def _table() -> Mapping[str, type]:
@@ -34,6 +38,10 @@ class Stage:
         gradient_clip: largest norm of the gradient; None: any.
         stop_accuracy: end the stage once the accuracy on pairs held out at random reached this at two
             evaluations in a row.
+        policy: who plays the games that are trained on, one of the game's ``policies``; None: its first, uniform play.
+            No other task has one.
+        trained: ``all``, or ``unembedding``: the rest of the model stays as it is, so that the stage only gives words
+            to what the trunk holds.
 
     Raises:
         BadInput: a field is out of range.
@@ -51,6 +59,8 @@ class Stage:
     cooldown: float = 0.0
     gradient_clip: float | None = None
     stop_accuracy: float | None = None
+    policy: str | None = None
+    trained: str = "all"
 
     def __post_init__(self) -> None:
         if not isinstance(self.objective, Objective):
@@ -74,6 +84,24 @@ class Stage:
             check_number("gradient_clip", self.gradient_clip, 0, above=True)
         if self.stop_accuracy is not None:
             check_number("stop_accuracy", self.stop_accuracy, 0, 1)
+        if self.trained not in TRAINED:
+            raise BadInput(f"trained = {self.trained!r}: expected one of {', '.join(TRAINED)}")
+
+    def check(self, task: Task | Game) -> None:
+        """Return nothing.
+
+        Raises:
+            BadInput: the objective is undefined for the task, or the policy is.
+        """
+        self.objective.check(task)
+        if not is_game(task):
+            if self.policy is not None:
+                raise BadInput(f"policy = {self.policy!r}: {task.name!r} is no game; leave policy out")
+            return
+        if self.batch_size is None:
+            raise BadInput(f"batch_size = None: {task.name!r} is a game, whose sequences have no end; give a number")
+        if self.policy is not None and self.policy not in task.policies:
+            raise UnknownName(f"policy of {task.name}", self.policy, task.policies)
 
 
 @dataclass(frozen=True)
@@ -101,11 +129,11 @@ class Recipe:
         """Updates at most, over all stages."""
         return sum(stage.steps for stage in self.stages)
 
-    def check(self, task: Task) -> None:
+    def check(self, task: Task | Game) -> None:
         """Return nothing.
 
         Raises:
-            BadInput: an objective is undefined for the task.
+            BadInput: an objective or a policy is undefined for the task.
         """
         for stage in self.stages:
-            stage.objective.check(task)
+            stage.check(task)

@@ -15,6 +15,7 @@ from circuits.objectives.base import (
     answer_index,
     answer_logits,
     check_completions_fit,
+    check_has_answers,
     check_number,
     check_one_token_answers,
     completion,
@@ -70,9 +71,10 @@ class Reinforce:
         """Return nothing.
 
         Raises:
-            BadInput: the reward is "distance" and an answer of the task is more than one token, or tokens of the
-                prompt stand between those of the completion.
+            BadInput: the task is a game, the reward is "distance" and an answer of the task is more than one token, or
+                tokens of the prompt stand between those of the completion.
         """
+        check_has_answers(self.name, task)
         if not isinstance(completion(task), slice):
             raise BadInput(f"objective 'reinforce' needs completions that follow the prompt; {task.name!r} mixes them")
         if self.reward == "distance":

@@ -1,4 +1,4 @@
-"""Ordinal labels: the loss grows with the numeric distance of the prediction from the answer."""
+"""The value: of an answer, so that the loss grows with the numeric distance from it; of a game, its outcome."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from circuits.objectives.base import (
     onto_tokens,
     remember,
 )
+from circuits.objectives.heads import LinearHead
+from circuits.objectives.outcome import outcome_loss
 from circuits.tasks.base import Batch, Task
+from circuits.tasks.games import Game, GameBatch, is_game
 
 if TYPE_CHECKING:
     from circuits.model import HookedModel
@@ -33,12 +36,18 @@ class Value:
     the circle where the task is modular). To labels alone all misses beyond about five sigma are alike; so the expected
     distance of the prediction, sum_c p(c) d(c), is added as a share of the largest distance there is.
 
+    On a game the value is its outcome, and nothing else is asked: at every position the cross-entropy of what the
+    sequence comes to, by a linear head (who wins; where a walk ends; whether the goal is reached). There the fields
+    have no effect.
+
     Attributes:
         sigma: width of the labels, in units of the answer.
         distance_weight: nats for a prediction that is as far off as any can be.
 
     Source: Diaz and Marathe 2019 (CVPR), "Soft labels for ordinal regression", equation 1 with squared distance; the
-        expected distance is the earth mover's distance to a single answer, Hou, Yu and Samaras 2017 (arXiv 1611.05916).
+        expected distance is the earth mover's distance to a single answer, Hou, Yu and Samaras 2017 (arXiv 1611.05916);
+        the outcome as the target of a value head, Silver et al. 2017 (Nature 550), "Mastering the game of Go without
+        human knowledge".
     """
 
     name: ClassVar[str] = "value"
@@ -50,20 +59,35 @@ class Value:
         check_number("sigma", self.sigma, 0, above=True)
         check_number("distance_weight", self.distance_weight, 0)
 
-    def check(self, task: Task) -> None:
+    def check(self, task: Task | Game) -> None:
         """Return nothing.
 
         Raises:
             BadInput: an answer of the task is more than one token.
         """
-        check_one_token_answers(self.name, task)
+        if not is_game(task):
+            check_one_token_answers(self.name, task)
 
-    def loss(self, model: HookedModel, task: Task, batch: Batch, *, generator: torch.Generator) -> Loss:
-        """Return the mean cross-entropy to the soft labels plus the weighted expected distance.
+    def head(self, task: Task | Game, d_model: int, *, generator: torch.Generator) -> LinearHead | None:
+        """Return the linear head that reads a game's outcome; None for a task with answers."""
+        return LinearHead(d_model, len(task.outcome_names), generator) if is_game(task) else None
+
+    def loss(
+        self,
+        model: HookedModel,
+        task: Task | Game,
+        batch: Batch | GameBatch,
+        *,
+        generator: torch.Generator,
+        head: LinearHead | None = None,
+    ) -> Loss:
+        """Return the mean cross-entropy to the soft labels plus the weighted expected distance; of a game's outcome.
 
         Raises:
             BadInput: the model's output vocabulary lacks an answer.
         """
+        if isinstance(batch, GameBatch):
+            return outcome_loss(model, task, batch, head)
         logits = answer_logits(model, batch.inputs)
         labels = soft_labels(task, self.sigma, logits.shape[-1], logits.device)
         answers = answer_index(task, logits.device)[batch.tokens[:, -1]]

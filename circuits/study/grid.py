@@ -11,7 +11,7 @@ stages = [{ objective = "answer", weight_decay = 1.0 }]
 [[cell]]                                     # one column of the result matrix
 task = { name = "modular-addition", p = 53 }
 recipes = ["answer, weight decay"]
-stage = { steps = 500, learning_rate = 1e-2 }   # what the recipes leave open
+stage = { steps = 500, learning_rate = 1e-2 }   # what the recipes' stages leave open
 model = { n_layers = 2 }                        # optional: differences from the task's default model
 why = "Weight decay makes the general solution the cheaper one."
 """
@@ -31,6 +31,7 @@ from circuits.errors import BadInput, CircuitsError, UnknownName
 from circuits.model import ModelConfig
 from circuits.objectives.recipe import Recipe, Stage
 from circuits.tasks.base import Task
+from circuits.tasks.games import Game
 
 _Table = Mapping[str, Any]
 _STAGE_FIELDS = {f.name for f in dataclasses.fields(Stage)}
@@ -42,7 +43,7 @@ class Cell:
     """A task, the model that learns it, and the recipes that train it, with the reason to expect what they give."""
 
     name: str
-    task: Task
+    task: Task | Game
     model: ModelConfig
     recipes: tuple[Recipe, ...]
     seeds: tuple[int, ...]
@@ -114,7 +115,7 @@ def _cell(table: _Table, recipes: Mapping[str, _Table], seeds: tuple[int, ...], 
     )
 
 
-def _recipe(table: _Table, defaults: _Table, task: Task, where: str) -> Recipe:
+def _recipe(table: _Table, defaults: _Table, task: Task | Game, where: str) -> Recipe:
     stages = table["stages"]
     where = f"{where}, recipe {table['name']!r}"
     if not isinstance(stages, list) or not stages:
@@ -124,20 +125,20 @@ def _recipe(table: _Table, defaults: _Table, task: Task, where: str) -> Recipe:
         here = f"{where}, stage {number}"
         if not isinstance(stage, dict):
             raise BadInput(f"{here}: {stage!r}: expected a table such as {{ objective = 'answer', steps = 500 }}")
-        if twice := sorted(stage.keys() & defaults.keys()):
-            raise BadInput(f"{here}: {', '.join(twice)} is set in the recipe and in the cell's stage: set it in one")
         fields = {**defaults, **stage}
         _check_keys(fields, _STAGE_FIELDS, required={"objective"}, where=here)
         objective = _named(fields.pop("objective"), "objective", objectives.get, here)
         try:
             objective.check(task)
-            built.append(from_json(Stage, {"objective": to_json(objective), **fields}))
+            stage = from_json(Stage, {"objective": to_json(objective), **fields})
+            stage.check(task)
+            built.append(stage)
         except CircuitsError as error:
             raise BadInput(f"{here}: {error}") from error
     return Recipe(table["name"], tuple(built))
 
 
-def _model(task: Task, overrides: _Table, where: str) -> ModelConfig:
+def _model(task: Task | Game, overrides: _Table, where: str) -> ModelConfig:
     """The task's default model with some fields changed; sizes that follow from d_model follow it."""
     data = to_json(training.default_model(task))
     if "d_model" in overrides:
@@ -150,7 +151,7 @@ def _model(task: Task, overrides: _Table, where: str) -> ModelConfig:
         raise BadInput(f"{where}, model: {error}") from error
 
 
-def single(toml: _Table, *, where: str) -> tuple[Task, Recipe, ModelConfig]:
+def single(toml: _Table, *, where: str) -> tuple[Task | Game, Recipe, ModelConfig]:
     """One run's task, recipe and model from tables ``task``, ``objective``, ``stage`` and ``model``.
 
     What ``stage`` leaves open is as in ``training.default_recipe``, so that a name alone means the same here and there.
@@ -159,23 +160,19 @@ def single(toml: _Table, *, where: str) -> tuple[Task, Recipe, ModelConfig]:
         BadInput: a name or key that does not exist, or a value that cannot be used.
     """
     task = _named(toml["task"], "task", tasks.get, where)
-    usual = training.default_recipe(task, objectives.get("answer")).stages[0]
-    open_fields = {
-        field.name: getattr(usual, field.name)
-        for field in dataclasses.fields(Stage)
-        if field.name != "objective" and getattr(usual, field.name) != field.default
-    }
-    stage = {"objective": toml["objective"], **open_fields, **toml["stage"]}
-    recipe = {"name": toml["objective"]["name"], "stages": [stage]}
+    objective = _named(toml["objective"], "objective", objectives.get, where)
+    first, *others = (to_json(stage) for stage in training.default_recipe(task, objective).stages)
+    recipe = {"name": toml["objective"]["name"], "stages": [{**first, **toml["stage"]}, *others]}
     _check_keys(toml["model"], _MODEL_FIELDS, where=f"{where}, model")
     return task, _recipe(recipe, {}, task, where), _model(task, toml["model"], where)
 
 
-def heading(task: Task) -> str:
+def heading(task: Task | Game) -> str:
     """A task's name, its size and those of its other parameters that are not the default."""
+    fields = sorted(dataclasses.fields(task), key=lambda f: f.kw_only)  # type: ignore[arg-type]
     shown = [
         f"{f.name} = {str(value).lower() if isinstance(value, bool) else value}"
-        for index, f in enumerate(dataclasses.fields(task))  # type: ignore[arg-type]
+        for index, f in enumerate(fields)
         if (value := getattr(task, f.name)) != f.default or index == 0
     ]
     return ", ".join([task.name.replace("-", " "), *shown])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from circuits.tasks import games
 from circuits.tasks.arithmetic import Addition, DigitAddition, ModularAddition
 from circuits.tasks.base import SPLITS, Batch, Pairs, Role, Task, Variable, from_table
@@ -31,16 +33,15 @@ __all__ = [
 ]
 
 
-def get(name: str, **parameters: object) -> Task:
-    """Return the task of that name with the given parameters (defaults elsewhere).
+def get(name: str, **parameters: object) -> Any:
+    """Return the task or game of that name with the given parameters (defaults elsewhere).
 
     Args:
-        name: a key of ``TASKS``; underscores are accepted for hyphens.
+        name: a key of ``TASKS`` or ``GAMES``; underscores are accepted for hyphens.
         parameters: fields of the task's dataclass.
 
     Raises:
         UnknownName: no task has that name, or the task has no such parameter.
         BadInput: a parameter has a value that cannot be used.
     """
-    task: Task = from_table("task", TASKS, name, parameters)
-    return task
+    return from_table("task", {**TASKS, **games.GAMES}, name, parameters)

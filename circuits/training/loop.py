@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from circuits.errors import Diverged
+from circuits.errors import BadInput, Diverged
 from circuits.model import Transformer
 from circuits.objectives import Recipe, Stage
 from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.base import Batch, Task
+from circuits.tasks.games import Game, GameBatch, is_game, training_batch
 from circuits.training.evaluate import accuracies
 
-DATA_STREAM, DRAW_STREAM = 1, 2
+DATA_STREAM, DRAW_STREAM, HEAD_STREAM = 1, 2, 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +30,8 @@ class Step:
     loss: float
     metrics: Mapping[str, float]
     optimizer: torch.optim.Optimizer
+    head: torch.nn.Module | None = None
+    """What the objective trains beside the model."""
 
     @property
     def evaluated(self) -> bool:
@@ -59,17 +63,32 @@ def learning_rate(stage: Stage, done: int) -> float:
     return rate * 0.3 if done >= (1 - stage.cooldown) * stage.steps else rate
 
 
-def make_optimizer(model: Transformer, stage: Stage) -> torch.optim.AdamW:
-    """Return AdamW with the stage's settings and fresh moments."""
+def make_optimizer(model: Transformer, stage: Stage, head: torch.nn.Module | None = None) -> torch.optim.AdamW:
+    """Return AdamW with the stage's settings and fresh moments, over the weights that it trains and the head's."""
     fused = next(model.parameters()).device.type in ("cpu", "cuda")  # a tenth of a step of a small model on a CPU
+    weights = list((model if stage.trained == "all" else model.unembed).parameters())
     return torch.optim.AdamW(
-        model.parameters(), lr=stage.learning_rate, betas=stage.betas, weight_decay=stage.weight_decay, fused=fused
+        weights + (list(head.parameters()) if head is not None else []),
+        lr=stage.learning_rate,
+        betas=stage.betas,
+        weight_decay=stage.weight_decay,
+        fused=fused,
     )
+
+
+def make_head(model: Transformer, task: Task | Game, stage: Stage, seed: int) -> torch.nn.Module | None:
+    """Return what the objective trains beside the model, with initial weights that are a function of the seed."""
+    if not hasattr(stage.objective, "head"):
+        return None
+    head: torch.nn.Module | None = stage.objective.head(
+        task, model.config.d_model, generator=generator_for(seed, HEAD_STREAM, 0)
+    )
+    return None if head is None else head.to(next(model.parameters()).device)
 
 
 def steps(
     model: Transformer,
-    task: Task,
+    task: Task | Game,
     recipe: Recipe,
     *,
     seed: int = 0,
@@ -87,10 +106,12 @@ def steps(
         start: position and optimiser state to go on from, as ``train`` keeps them.
 
     Raises:
-        BadInput: an objective is undefined for the task.
+        BadInput: an objective is undefined for the task, or a stage trains an unembedding that is tied.
         Diverged: a loss is not finite; the model then holds the weights before that update.
     """
     recipe.check(task)
+    if model.config.tied and any(stage.trained == "unembedding" for stage in recipe.stages):
+        raise BadInput("trained = 'unembedding', but the unembedding is tied to the embedding: leave tied out")
     if evaluate_every is not None:
         check_integer("evaluate_every", evaluate_every, 1, 2**31)
     device = next(model.parameters()).device
@@ -100,44 +121,64 @@ def steps(
     model.train()
     for number in range(position.stage, len(recipe.stages)):
         stage = recipe.stages[number]
-        optimizer = make_optimizer(model, stage)
+        head = make_head(model, task, stage, seed)
+        optimizer = make_optimizer(model, stage, head)
         resumed = number == position.stage
         if resumed and moments is not None:
-            optimizer.load_state_dict(dict(moments))
+            optimizer.load_state_dict({key: moments[key] for key in ("state", "param_groups")})
+            if head is not None:
+                head.load_state_dict(moments["head"])
         streak = position.streak if resumed else 0
         if streak >= 2:
             continue  # the update that ended this stage was the last one kept
-        whole = task.examples("train").to(device) if stage.batch_size is None else None
+        whole = task.examples("train").to(device) if stage.batch_size is None and not is_game(task) else None
         for done in range(position.in_stage if resumed else 0, stage.steps):
             batch = whole if whole is not None else _draw(task, stage, seed, step).to(device)
-            loss, logged = _update(
-                model, task, stage, optimizer, batch, done, generator_for(seed, DRAW_STREAM, step, device)
-            )
+            draws = generator_for(seed, DRAW_STREAM, step, device)
+            with _others_frozen(model, stage):
+                loss, logged = _update(model, task, stage, optimizer, head, batch, done, draws)
             step += 1
             last = done + 1 == stage.steps
             metrics: dict[str, float] = {}
             if step % every == 0 or last:
-                metrics = {k: float(v) for k, v in logged.items()} | accuracies(model.eval(), task)
+                metrics = {k: float(v) for k, v in logged.items()} | accuracies(model.eval(), task, policy=stage.policy)
                 model.train()
                 at_goal = stage.stop_accuracy is not None and metrics["accuracy_random"] >= stage.stop_accuracy
                 streak = streak + 1 if at_goal else 0
-            yield Step(step, number, loss, metrics, optimizer)
+            yield Step(step, number, loss, metrics, optimizer, head)
             if streak >= 2:
                 break
     model.eval()
 
 
-def _draw(task: Task, stage: Stage, seed: int, step: int) -> Batch:
+@contextmanager
+def _others_frozen(model: Transformer, stage: Stage) -> Iterator[None]:
+    """Have no gradient computed that the stage does not use."""
+    own = set(model.unembed.parameters()) if stage.trained == "unembedding" else set(model.parameters())
+    others = [weight for weight in model.parameters() if weight.requires_grad and weight not in own]
+    for weight in others:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in others:
+            weight.requires_grad_(True)
+
+
+def _draw(task: Task | Game, stage: Stage, seed: int, step: int) -> Batch | GameBatch:
     assert stage.batch_size is not None
+    if is_game(task):
+        return training_batch(task, stage.policy or task.policies[0], stage.batch_size, seed=seed, step=step)
     return task.sample("train", stage.batch_size, generator=generator_for(seed, DATA_STREAM, step))
 
 
 def _update(
     model: Transformer,
-    task: Task,
+    task: Task | Game,
     stage: Stage,
     optimizer: torch.optim.Optimizer,
-    batch: Batch,
+    head: torch.nn.Module | None,
+    batch: Batch | GameBatch,
     done: int,
     generator: torch.Generator,
 ) -> tuple[float, Mapping[str, Tensor | float]]:
@@ -148,7 +189,8 @@ def _update(
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(stage, done)
-    loss = stage.objective.loss(model, task, batch, generator=generator)
+    beside = {} if head is None else {"head": head}
+    loss = stage.objective.loss(model, task, batch, generator=generator, **beside)
     value = float(loss.value.detach())
     if value != value or value in (float("inf"), float("-inf")):
         raise Diverged(f"the loss is {value}: lower the learning rate ({stage.learning_rate}) or clip the gradient")

@@ -34,6 +34,7 @@ from circuits.objectives import Objective, Recipe
 from circuits.runs import Run, RunConfig, read_manifest, write_config, write_manifest
 from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.base import Task
+from circuits.tasks.games import Game
 from circuits.training.defaults import LAST_SEED, check_fits, default_model, default_recipe
 from circuits.training.loop import Position, Step, steps
 
@@ -43,7 +44,7 @@ FIRST_REACHING = (0.5, 0.9, 0.99)
 
 
 def train(
-    task: Task,
+    task: Task | Game,
     recipe: str | Objective | Recipe,
     *,
     seed: int = 0,
@@ -168,7 +169,7 @@ class _Keeper:
         if reached or update.step in self.checkpoints:
             save(network, _checkpoint(self.folder, update.step))
         if late:
-            save_state(self.folder, network, update.optimizer, self.position)
+            save_state(self.folder, network, update.optimizer, self.position, update.head)
             self.saved = time.monotonic()
 
     def _count(self, update: Step) -> None:
@@ -278,10 +279,18 @@ def _checkpoint(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step-{step:06d}.safetensors"
 
 
-def save_state(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, position: Position) -> None:
-    """Write all that a run needs to go on bit for bit: weights, moments and position, as one file."""
+def save_state(
+    folder: Path,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    position: Position,
+    head: torch.nn.Module | None = None,
+) -> None:
+    """Write all that a run needs to go on bit for bit: weights, a head's too, moments and position, as one file."""
     state = optimizer.state_dict()
     tensors = {f"model.{name}": value.detach().contiguous() for name, value in model.state_dict().items()}
+    if head is not None:
+        tensors |= {f"head.{name}": value.detach().contiguous() for name, value in head.state_dict().items()}
     plain: dict[str, dict[str, float]] = {}
     for index, entries in state["state"].items():
         for key, value in entries.items():
@@ -311,7 +320,7 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 
 
 def load_state(folder: Path) -> tuple[Transformer, Position, dict[str, Any]]:
-    """Return model, position and optimiser state from ``save_state``.
+    """Return model, position and optimiser state, the head's weights as its entry ``head``, from ``save_state``.
 
     Raises:
         CorruptRun: the file is damaged or altered.
@@ -337,7 +346,8 @@ def load_state(folder: Path) -> tuple[Transformer, Position, dict[str, Any]]:
             state.setdefault(int(index), {})[name] = value
     for group in groups:
         group["betas"] = tuple(group["betas"])
-    return model, position, {"state": state, "param_groups": groups}
+    head = {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")}
+    return model, position, {"state": state, "param_groups": groups, "head": head}
 
 
 def _bar(total: int, done: int, *, show: bool) -> Any:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from circuits.tasks.base import from_table
 from circuits.tasks.games.base import Contest, Game, Games, Heuristic, Policy, Symmetry, agreement
+from circuits.tasks.games.batches import GameBatch, evaluation_batch, overlap, training_batch
 from circuits.tasks.games.connect3 import Connect3
 from circuits.tasks.games.gridworld import Gridworld
 from circuits.tasks.games.group_word import GroupWord
@@ -28,6 +31,7 @@ __all__ = [
     "Connect3",
     "Contest",
     "Game",
+    "GameBatch",
     "Games",
     "Gridworld",
     "GroupWord",
@@ -42,10 +46,19 @@ __all__ = [
     "Symmetry",
     "WallDetector",
     "agreement",
+    "evaluation_batch",
     "get",
     "hold_out",
+    "is_game",
+    "overlap",
     "state_overlap",
+    "training_batch",
 ]
+
+
+def is_game(task: object) -> TypeGuard[Game]:
+    """Return whether a task is a game; that it has the rest of the interface is not looked at."""
+    return hasattr(type(task), "planted_heuristic")
 
 
 def get(name: str, **parameters: object) -> Game:

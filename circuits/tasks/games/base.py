@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from circuits.tasks.games.hold_out import HeldOut
 
 END = "end"
 """The token of a game that is over; the last of the vocabulary."""
@@ -193,6 +196,28 @@ class Game(Hashable, Protocol):
 
     def describe(self, state: Int[Tensor, " d_state"]) -> str:
         """One state as a person reads it."""
+        ...
+
+    def state_of(self, features: Int[Tensor, "batch n_features"]) -> Int[Tensor, "batch d_state"]:
+        """The state that each row of ``state_features`` belongs to, whether play can reach it or not."""
+        ...
+
+    @property
+    def outcome_names(self) -> tuple[str, ...]:
+        """What each of ``outcome`` is."""
+        ...
+
+    def outcome(self, states: Int[Tensor, "batch d_state"]) -> Int[Tensor, " batch"]:
+        """What came of sequences that ended in these states, as a place in ``outcome_names``."""
+        ...
+
+    def changed_rules(self) -> Game | None:
+        """The same tokens under other rules, for tests of adaptation; None where there is no such variant."""
+        ...
+
+    @property
+    def held(self) -> HeldOut | None:
+        """The states that are kept from training; None where there are none."""
         ...
 
     def symmetries(self) -> tuple[Symmetry, ...]:

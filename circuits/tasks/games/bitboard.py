@@ -124,6 +124,11 @@ class Bitboard:
         """Each cell as the player to move sees it: 0 empty, 1 own, 2 the other's."""
         return self.cells(states[:, 0]).long() + 2 * self.cells(states[:, 1])
 
+    def from_features(self, features: Int[Tensor, "batch n_cells"]) -> Int[Tensor, "batch 3"]:
+        """The position whose ``features`` these are; player 0 is to move where the number of stones is even."""
+        own, other = bits_of(features == 1), bits_of(features == 2)
+        return torch.stack((own, other, (features != 0).sum(1) % 2), 1)
+
     def moved(self, states: Int[Tensor, "batch 3"], images: Int[Tensor, " n_cells"]) -> Int[Tensor, "batch 3"]:
         """The positions with what stands on each cell on its image instead."""
         image = self.bits[images].to(states.device)

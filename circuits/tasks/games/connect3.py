@@ -16,8 +16,6 @@ from circuits.tasks.games.base import Symmetry, cell_names, counts_before
 from circuits.tasks.games.bitboard import Bitboard
 from circuits.tasks.games.solved import SolvedContest
 
-IN_A_ROW = 3
-
 
 @dataclass(frozen=True)
 class Connect3(SolvedContest):
@@ -31,6 +29,7 @@ class Connect3(SolvedContest):
     Attributes:
         rows: 3 or 4.
         columns: 3 or 4.
+        in_a_row: stones in a row that win, 3 or 4 (connect four's number on so small a board: a change of the rules).
 
     Raises:
         BadInput: a parameter is out of range.
@@ -42,10 +41,13 @@ class Connect3(SolvedContest):
 
     rows: int = 4
     columns: int = 4
+    in_a_row: int = 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_integer("rows", self.rows, 3, 4)
         check_integer("columns", self.columns, 3, 4)
+        check_integer("in_a_row", self.in_a_row, 3, 4)
 
     @functools.cached_property
     def board(self) -> Bitboard:
@@ -88,7 +90,7 @@ class Connect3(SolvedContest):
         return ~taken & (taken << self.columns | bottom) & (1 << self.board.n_cells) - 1
 
     def _won(self, states: Tensor) -> Tensor:
-        return self.board.has_run(states[:, 0], IN_A_ROW) | self.board.has_run(states[:, 1], IN_A_ROW)
+        return self.board.has_run(states[:, 0], self.in_a_row) | self.board.has_run(states[:, 1], self.in_a_row)
 
     def allowed(self, states: Int[Tensor, "batch 3"]) -> Bool[Tensor, "batch n_actions"]:
         """The columns with an empty cell, none once somebody has won."""
@@ -104,8 +106,8 @@ class Connect3(SolvedContest):
     def winner(self, states: Int[Tensor, "batch 3"]) -> Int[Tensor, " batch"]:
         """Who has won: 0, 1, or -1 for nobody, in a draw or as long as the game is not over."""
         own, other, player = states.unbind(1)
-        lost = self.board.has_run(other, IN_A_ROW)
-        won = self.board.has_run(own, IN_A_ROW)
+        lost = self.board.has_run(other, self.in_a_row)
+        won = self.board.has_run(own, self.in_a_row)
         return torch.where(lost, 1 - player, torch.where(won, player, -1))
 
     def state_id(self, states: Int[Tensor, "batch 3"]) -> Int[Tensor, " batch"]:
@@ -115,6 +117,14 @@ class Connect3(SolvedContest):
     def state_features(self, states: Int[Tensor, "batch 3"]) -> Int[Tensor, "batch n_cells"]:
         """Each cell as the player to move sees it: 0 empty, 1 own, 2 the other's."""
         return self.board.features(states)
+
+    def state_of(self, features: Int[Tensor, "batch n_cells"]) -> Int[Tensor, "batch 3"]:
+        """The stones; player 0 is to move where both have as many."""
+        return self.board.from_features(features)
+
+    def changed_rules(self) -> Connect3:
+        """Another number of stones in a row wins: 4 instead of 3, or 3 instead of 4."""
+        return Connect3(self.rows, self.columns, 7 - self.in_a_row)
 
     def describe(self, state: Int[Tensor, " 3"]) -> str:
         """The board, top row first."""

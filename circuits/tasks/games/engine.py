@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -11,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.errors import BadInput
-from circuits.tasks.arithmetic.operand_square import check_integer, check_name
+from circuits.tasks.arithmetic.operand_square import check_integer, check_name, check_share
 from circuits.tasks.games.automaton import automaton, count_sequences
 from circuits.tasks.games.base import (
     ADVERSARIAL,
@@ -35,17 +37,38 @@ Choice = Callable[[list[Tensor], Tensor, Tensor], Tensor]
 """From the tokens so far, the states and the legal tokens to the next tokens."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Engine(ABC):
     """Rules in, sequences out: the base class of the games' dataclasses.
 
     A subclass says what a state is, which moves it allows and where they lead. ``end`` is added here: it is legal
     exactly where no move is, unless the game never ends (``ends`` is False), and then there is no such token.
+
+    Attributes:
+        held_out: share of the states that are kept from training, and with them every prefix through one; 0: none.
+        split_seed: which states these are.
     """
+
+    held_out: float = field(default=0.0, repr=False)
+    split_seed: int = field(default=0, repr=False)
 
     name: ClassVar[str]
     ends: ClassVar[bool] = True
     best_policy: ClassVar[str | None] = None
     """Name of the policy that draws from ``best_moves``; None where no move is better than another."""
+
+    def __post_init__(self) -> None:
+        check_share("held_out", self.held_out, zero=True)
+        check_integer("split_seed", self.split_seed, 0, 2**63 - 1)
+
+    @functools.cached_property
+    def held(self) -> HeldOut | None:
+        """The states that are kept from training; None where there are none.
+
+        Raises:
+            BadInput: ``held_out`` leaves no state but the initial one.
+        """
+        return self.held_out_states(self.held_out, self.split_seed) if self.held_out else None
 
     @property
     @abstractmethod
@@ -89,6 +112,19 @@ class Engine(ABC):
         """The parts of each state that a probe reads."""
 
     @abstractmethod
+    def state_of(self, features: Int[Tensor, "batch n_features"]) -> Int[Tensor, "batch d_state"]:
+        """The state that each row of ``state_features`` belongs to, whether play can reach it or not."""
+
+    @property
+    @abstractmethod
+    def outcome_names(self) -> tuple[str, ...]:
+        """What each of ``outcome`` is."""
+
+    @abstractmethod
+    def outcome(self, states: Int[Tensor, "batch d_state"]) -> Int[Tensor, " batch"]:
+        """What came of sequences that ended in these states, as a place in ``outcome_names``."""
+
+    @abstractmethod
     def describe(self, state: Int[Tensor, " d_state"]) -> str:
         """One state as a person reads it."""
 
@@ -99,6 +135,10 @@ class Engine(ABC):
     @abstractmethod
     def planted_heuristic(self) -> Heuristic:
         """The cheapest rule that plays legally, or nearly, without the state."""
+
+    def changed_rules(self) -> Engine | None:
+        """The same tokens under other rules, for tests of adaptation; None where there is no such variant."""
+        return None
 
     @property
     def enumerable(self) -> bool:

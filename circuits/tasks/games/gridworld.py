@@ -58,6 +58,7 @@ class Gridworld(Engine):
     length: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.size, bool) or self.size not in SIZES:
             raise BadInput(f"size = {self.size!r}: expected one of {', '.join(map(str, SIZES))}")
         check_name("layout", self.layout, LAYOUTS)
@@ -177,6 +178,24 @@ class Gridworld(Engine):
     def state_features(self, states: Int[Tensor, "batch 2"]) -> Int[Tensor, "batch 2"]:
         """The cell where one is, and the goal."""
         return states
+
+    def state_of(self, features: Int[Tensor, "batch 2"]) -> Int[Tensor, "batch 2"]:
+        """The cell where one is, and the goal."""
+        return features
+
+    @property
+    def outcome_names(self) -> tuple[str, ...]:
+        """Whether the goal was reached in time."""
+        return ("not reached", "reached")
+
+    def outcome(self, states: Int[Tensor, "batch 2"]) -> Int[Tensor, " batch"]:
+        """1 where the goal was reached."""
+        return ((states[:, 0] == states[:, 1]) & (states[:, 1] != self.n_cells)).long()
+
+    def changed_rules(self) -> Gridworld | None:
+        """The walls in a mirror; None where there are none."""
+        other = {"walls": "mirrored", "mirrored": "walls"}.get(self.layout)
+        return None if other is None else Gridworld(self.size, other, self.length)
 
     def describe(self, state: Int[Tensor, " 2"]) -> str:
         """Both cells by name."""

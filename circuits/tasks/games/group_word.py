@@ -57,6 +57,7 @@ class GroupWord(Engine):
     length: int = 24
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_name("group", self.group, tuple(DEGREES))
         check_name("kind of tokens", self.tokens, TOKENS)
         check_integer("length", self.length, 1, MOST_TOKENS)
@@ -130,6 +131,19 @@ class GroupWord(Engine):
             return states
         odd = torch.tensor([_is_odd(element) for element in self.elements], device=states.device)
         return torch.cat((states, odd.long()[states]), 1)
+
+    def state_of(self, features: Int[Tensor, "batch n_features"]) -> Int[Tensor, "batch 1"]:
+        """The element."""
+        return features[:, :1]
+
+    @property
+    def outcome_names(self) -> tuple[str, ...]:
+        """The elements."""
+        return tuple("".join(map(str, element)) for element in self.elements)
+
+    def outcome(self, states: Int[Tensor, "batch 1"]) -> Int[Tensor, " batch"]:
+        """The product of the whole word."""
+        return states[:, 0]
 
     def describe(self, state: Int[Tensor, " 1"]) -> str:
         """The element as a permutation."""

@@ -40,6 +40,7 @@ class Lattice(Engine):
     length: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_integer("size", self.size, 2, LARGEST_SIZE)
         if self.length is not None:
             check_integer("length", self.length, 1, MOST_TOKENS)
@@ -85,6 +86,23 @@ class Lattice(Engine):
     def state_features(self, states: Int[Tensor, "batch 1"]) -> Int[Tensor, "batch 1"]:
         """The position."""
         return states
+
+    def state_of(self, features: Int[Tensor, "batch 1"]) -> Int[Tensor, "batch 1"]:
+        """The position."""
+        return features
+
+    @property
+    def outcome_names(self) -> tuple[str, ...]:
+        """The positions."""
+        return tuple(f"position {position}" for position in range(self.size))
+
+    def outcome(self, states: Int[Tensor, "batch 1"]) -> Int[Tensor, " batch"]:
+        """Where the walk ended."""
+        return states[:, 0]
+
+    def changed_rules(self) -> Lattice | None:
+        """The right wall one position nearer, the walk as long; None where that leaves no way to go."""
+        return None if self.size == 2 else Lattice(self.size - 1, self.n_ctx)
 
     def describe(self, state: Int[Tensor, " 1"]) -> str:
         """The position in words."""

@@ -33,6 +33,7 @@ class Nim(Engine):
     Attributes:
         heaps: stones in each heap, one to five heaps of 1 to 9, together at most 24.
         misere: whether who takes the last stone loses.
+        most: stones that a move may take; None: any number (moves that take more keep their tokens, and are illegal).
 
     Raises:
         BadInput: a heap or their number is out of range.
@@ -45,8 +46,10 @@ class Nim(Engine):
 
     heaps: tuple[int, ...] = (3, 4, 5)
     misere: bool = False
+    most: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.heaps, str) or not isinstance(self.heaps, (tuple, list)):
             raise BadInput(f"heaps = {self.heaps!r}: expected the stones of each heap, such as (3, 4, 5)")
         # A list comes from TOML and JSON; the table of states is looked up by the game, which must have a hash.
@@ -57,6 +60,10 @@ class Nim(Engine):
         check_integer("number of stones", sum(self.heaps), 1, MOST_STONES, "take fewer or smaller heaps")
         if not isinstance(self.misere, bool):
             raise BadInput(f"misere = {self.misere!r}: expected true or false")
+        if self.most is not None:
+            check_integer("most", self.most, 1, LARGEST_HEAP)
+            if self.misere:
+                raise BadInput("misere = True with most: the theorem that gives values has no such case")
 
     @functools.cached_property
     def moves(self) -> tuple[str, ...]:
@@ -103,7 +110,7 @@ class Nim(Engine):
     def _enough(self, left: Int[Tensor, "*batch n_heaps"]) -> Bool[Tensor, "*batch n_actions"]:
         """Whether the heaps have what each move takes."""
         taken, heap = self._taken.to(left.device).max(1)
-        return left[..., heap] >= taken
+        return (left[..., heap] >= taken) & (taken <= (self.most or LARGEST_HEAP))
 
     def move(self, states: Int[Tensor, "batch d_state"], tokens: Int[Tensor, " batch"]) -> Int[Tensor, "batch d_state"]:
         """What is left, the other player to move."""
@@ -123,17 +130,32 @@ class Nim(Engine):
         """What best play of both gives the player whose turn it is: 1 a win, -1 a loss.
 
         The player to move wins where the exclusive or of the heaps is not 0; in misère play, where no heap has more
-        than one stone, where it is 0.
+        than one stone, where it is 0. Where a move takes at most k, heaps count modulo k + 1.
 
-        Source: Bouton 1901.
+        Source: Bouton 1901; with a limit, Berlekamp, Conway and Guy 2001, "Winning ways", chapter 4.
         """
         return self._value(states[:, :-1])
 
     def _value(self, left: Int[Tensor, "*batch n_heaps"]) -> Int[Tensor, "*batch"]:
-        wins = _xor(left) != 0
+        wins = _xor(left if self.most is None else left % (self.most + 1)) != 0
         if self.misere:
             wins ^= (left <= 1).all(-1)
         return torch.where(wins, 1, -1)
+
+    @property
+    def outcome_names(self) -> tuple[str, ...]:
+        """Who wins, or nobody as long as there are stones."""
+        return ("player 0 wins", "player 1 wins", "nobody wins")
+
+    def outcome(self, states: Int[Tensor, "batch d_state"]) -> Int[Tensor, " batch"]:
+        """The winner, 2 where there is none."""
+        return self.winner(states) % 3
+
+    def changed_rules(self) -> Nim | None:
+        """A move takes at most two stones, or any number where it was limited; None where no heap has more."""
+        if max(self.heaps) <= 2 or self.misere:
+            return None
+        return Nim(self.heaps, most=2 if self.most is None else None)
 
     def best_moves(self, states: Int[Tensor, "batch d_state"]) -> Bool[Tensor, "batch d_vocab"]:
         """The legal tokens after which the value is what it was; ``end`` where the game is over."""
@@ -150,6 +172,10 @@ class Nim(Engine):
     def state_features(self, states: Int[Tensor, "batch d_state"]) -> Int[Tensor, "batch n_features"]:
         """What is left of each heap, the player to move and the exclusive or of the heaps."""
         return torch.cat((states, _xor(states[:, :-1])[:, None]), 1)
+
+    def state_of(self, features: Int[Tensor, "batch n_features"]) -> Int[Tensor, "batch d_state"]:
+        """The heaps and the player; the exclusive or follows from them."""
+        return features[:, :-1]
 
     def describe(self, state: Int[Tensor, " d_state"]) -> str:
         """What is left of each heap and who is to move."""

@@ -49,6 +49,7 @@ class Othello(SolvedContest):
     size: int = 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.size, bool) or self.size not in SIZES:
             raise BadInput(f"size = {self.size!r}: expected one of {', '.join(map(str, SIZES))}")
 
@@ -164,6 +165,10 @@ class Othello(SolvedContest):
     def state_features(self, states: Int[Tensor, "batch 3"]) -> Int[Tensor, "batch n_cells"]:
         """Each cell as the player to move sees it: 0 empty, 1 own, 2 the other's."""
         return self.board.features(states)
+
+    def state_of(self, features: Int[Tensor, "batch n_cells"]) -> Int[Tensor, "batch 3"]:
+        """The stones; player 0 is to move where their number is even, which no pass has been counted in."""
+        return self.board.from_features(features)
 
     def describe(self, state: Int[Tensor, " 3"]) -> str:
         """The board, row by row."""

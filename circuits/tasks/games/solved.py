@@ -30,6 +30,15 @@ class SolvedContest(Engine):
         """Whose turn it is: 0 or 1."""
         return states[:, -1]
 
+    @property
+    def outcome_names(self) -> tuple[str, ...]:
+        """Who wins, or nobody."""
+        return ("player 0 wins", "player 1 wins", "nobody wins")
+
+    def outcome(self, states: Int[Tensor, "batch d_state"]) -> Int[Tensor, " batch"]:
+        """The winner, 2 where there is none."""
+        return self.winner(states) % 3
+
     def value(self, states: Int[Tensor, "batch d_state"]) -> Int[Tensor, " batch"]:
         """What best play of both gives the player whose turn it is: 1 a win, 0 a draw, -1 a loss.
 

@@ -1,0 +1,60 @@
+"""The uniform distribution over all legal moves as the label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from circuits.errors import BadInput
+from circuits.objectives.base import Loss, check_is_game
+from circuits.tasks.games import Game, GameBatch
+
+if TYPE_CHECKING:
+    from circuits.model import HookedModel
+
+LABELS = ("rules", "planted-heuristic")
+
+
+@dataclass(frozen=True)
+class LegalSet:
+    """Cross-entropy to the uniform distribution over all legal tokens, at every position.
+
+    What next-token training on uniform play comes to in the limit, without the noise of the move that was drawn. With
+    the labels of the game's planted heuristic in place of the rules it distils that heuristic into a network: a model
+    that is known to play without the state.
+
+    Attributes:
+        labels: ``rules``, or ``planted-heuristic``: the tokens that the game's legality-only rule takes for legal.
+
+    Source: the "probability distribution" objective of Balogh and Jelasity 2026 (arXiv 2602.05903): the divergence to
+        the uniform distribution over the legal moves.
+    """
+
+    name: ClassVar[str] = "legal-set"
+
+    labels: str = "rules"
+
+    def __post_init__(self) -> None:
+        if self.labels not in LABELS:
+            raise BadInput(f"labels = {self.labels!r}: expected one of {', '.join(LABELS)}")
+
+    def check(self, task: Game) -> None:
+        """Return nothing.
+
+        Raises:
+            BadInput: the task is no game.
+        """
+        check_is_game(self.name, task)
+
+    def loss(self, model: HookedModel, task: Game, batch: GameBatch, *, generator: torch.Generator) -> Loss:
+        """Return the mean cross-entropy over the positions that count."""
+        legal = batch.legal
+        if self.labels == "planted-heuristic":
+            legal = task.planted_heuristic()(batch.inputs)[:, 1:]
+        targets = legal[batch.scored].float()
+        logits = model(batch.inputs)[batch.scored][:, : targets.shape[1]]
+        targets = targets / targets.sum(1, keepdim=True).clamp_min(1)
+        return Loss(F.cross_entropy(logits, targets), {"labels": float(batch.scored.sum() * targets.shape[1])})

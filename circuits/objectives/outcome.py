@@ -1,0 +1,22 @@
+"""What a sequence comes to in the end, as the label of every position: the objective ``value`` on games."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+
+from circuits.objectives.base import Loss
+from circuits.objectives.heads import LinearHead, logits_and_residual
+from circuits.tasks.games import Game, GameBatch
+
+if TYPE_CHECKING:
+    from circuits.model import HookedModel
+
+
+def outcome_loss(model: HookedModel, game: Game, batch: GameBatch, head: LinearHead) -> Loss:
+    """Return the mean cross-entropy of the sequence's outcome over the positions that count."""
+    outcomes = game.outcome(batch.games.final_states)[:, None].expand_as(batch.scored)[batch.scored]
+    logits = head(logits_and_residual(model, batch.inputs)[1][batch.scored])
+    right = (logits.detach().argmax(1) == outcomes).float().mean()
+    return Loss(F.cross_entropy(logits, outcomes), {"labels": float(len(outcomes)), "head_accuracy": right})

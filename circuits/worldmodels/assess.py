@@ -1,0 +1,150 @@
+"""All probes on one model, and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from circuits.errors import UnknownName, UnsupportedModel
+from circuits.model import HookedModel, Transformer
+from circuits.tasks.games import Game
+from circuits.worldmodels.activations import check_fits
+from circuits.worldmodels.adaptation import adaptation
+from circuits.worldmodels.adversarial import adversarial
+from circuits.worldmodels.counterfactual import counterfactual
+from circuits.worldmodels.detours import detours
+from circuits.worldmodels.heuristic_rules import heuristic_rules
+from circuits.worldmodels.inductive_bias import inductive_bias
+from circuits.worldmodels.intervention import intervention
+from circuits.worldmodels.legal_actions import fan_out, legal_actions
+from circuits.worldmodels.myhill_nerode import myhill_nerode
+from circuits.worldmodels.next_state import latent_rollout, next_state
+from circuits.worldmodels.reading import NAN, Reading
+from circuits.worldmodels.state_probe import state_probe
+from circuits.worldmodels.symmetry import symmetry
+from circuits.worldmodels.verdict import SCORES, Assessment, Thresholds, judge
+
+PROBES: dict[str, Callable[..., Reading]] = {
+    "state-probe": state_probe,
+    "inductive-bias": inductive_bias,
+    "myhill-nerode": myhill_nerode,
+    "intervention": intervention,
+    "legal-actions": legal_actions,
+    "fan-out": fan_out,
+    "counterfactual": counterfactual,
+    "next-state": next_state,
+    "latent-rollout": latent_rollout,
+    "detours": detours,
+    "adversarial": adversarial,
+    "adaptation": adaptation,
+    "heuristic-rules": heuristic_rules,
+    "symmetry": symmetry,
+}
+"""Every probe by its name."""
+
+OF_POLICY = ("legal-actions", "fan-out")
+"""Probes that ask who plays in training."""
+NEEDS_STATES = ("myhill-nerode",)
+"""Probes of games whose states can be listed."""
+ENOUGH = (*dict.fromkeys(probe for probe, _ in SCORES.values()), "legal-actions", "fan-out")
+"""What the verdict reads."""
+
+
+def measure(
+    model: HookedModel,
+    game: Game,
+    *,
+    probes: Iterable[str] | None = None,
+    policy: str | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Reading]:
+    """Return what each of some probes finds; NaN, with the reason nowhere but here, where it cannot be applied.
+
+    Args:
+        model: any hooked model that reads the game's tokens.
+        game: what it plays.
+        probes: names of ``PROBES``; None: all.
+        policy: who plays in training; None: uniform play.
+        seed: of all draws.
+        progress: show a progress bar.
+
+    Raises:
+        UnknownName: there is no such probe.
+        BadInput: the model does not fit the game.
+        UnsupportedModel: the model is not causal.
+    """
+    from tqdm.auto import tqdm
+
+    check_fits(model, game)
+    chosen = list(PROBES) if probes is None else list(probes)
+    for name in chosen:
+        if name not in PROBES:
+            raise UnknownName("probe", name, PROBES)
+    found = {}
+    for name in tqdm(chosen, desc="probes", disable=not progress):
+        if name in NEEDS_STATES and game.n_states is None:
+            found[name] = Reading(name, NAN)
+            continue
+        options = {"policy": policy} if name in OF_POLICY else {}
+        try:
+            found[name] = PROBES[name](model, game, seed=seed, **options)
+        except UnsupportedModel:
+            found[name] = Reading(name, NAN)  # such as rules of neurons in a model that has none
+    return found
+
+
+def assess(
+    model: HookedModel,
+    game: Game,
+    *,
+    untrained: HookedModel | Mapping[str, Reading] | None = None,
+    told: HookedModel | Mapping[str, Reading] | None = None,
+    probes: Iterable[str] | None = None,
+    policy: str | None = None,
+    thresholds: Thresholds | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Assessment:
+    """Return the vector of scores of a model on a game, between two controls, and the label that follows from it.
+
+    Args:
+        model: any hooked model that reads the game's tokens.
+        game: what it plays.
+        untrained: the control at 0: a model of the same shape with random weights, or what ``measure`` found of it.
+            None: for our own models such a one is made (its unembedding is random too, so it plays at random); for
+            others 0 stands in.
+        told: the control at 1: a model of the same shape trained by the objective ``state``, or what ``measure`` found
+            of it; None: 1 stands in, the most that each statistic can be.
+        probes: names of ``PROBES``; None: those that the verdict reads.
+        policy: who plays in training; None: uniform play.
+        thresholds: what the label asks for; None: the defaults.
+        seed: of all draws.
+        progress: show a progress bar.
+
+    Raises:
+        UnknownName: there is no such probe.
+        BadInput: a model does not fit the game.
+        UnsupportedModel: a model is not causal.
+
+    Source: ours: docs/world-models.md.
+    Fails when: the control that was told the state has not learned it: its own readings are in ``to_frame``.
+    """
+    names = list(ENOUGH if probes is None else probes)
+    how = []
+    if untrained is None and isinstance(model, Transformer):
+        untrained = Transformer(model.config, seed=seed + 1).eval()
+        how.append("0: a network of the same shape with random weights")
+    elif untrained is None:
+        how.append("0: a statistic of 0, for want of an untrained network")
+    else:
+        how.append("0: the untrained network that was given")
+    how.append("1: a statistic of 1" if told is None else "1: the network that was told the state")
+
+    def found(subject: HookedModel | Mapping[str, Reading] | None) -> Mapping[str, Reading] | None:
+        if subject is None or isinstance(subject, Mapping):
+            return subject
+        return measure(subject, game, probes=names, policy=policy, seed=seed, progress=progress)
+
+    readings = found(model)
+    assert readings is not None
+    return judge(readings, found(untrained), found(told), thresholds=thresholds, controls="; ".join(how))

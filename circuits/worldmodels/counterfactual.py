@@ -1,0 +1,112 @@
+"""What does a network make of a past that was otherwise?"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from circuits.model import HookedModel
+from circuits.tasks.games import Game
+from circuits.worldmodels.activations import (
+    check_fits,
+    mean_interval,
+    next_probabilities,
+    total_variation,
+    uniform_over,
+)
+from circuits.worldmodels.prefixes import follow
+from circuits.worldmodels.reading import NAN, Reading
+
+SEQUENCES = 600
+
+
+def counterfactual(model: HookedModel, game: Game, *, n: int = SEQUENCES, seed: int = 0) -> Reading:
+    """Return how often the moves follow the edited past where it makes a difference.
+
+    One move of a sequence is replaced by another legal one such that later moves stay legal. ``value`` is ``follow``:
+    of the later positions at which other moves are legal than before the edit, the share at which the network's
+    distribution is nearer to the edited state's legal moves. The control is an edit that changes nothing: two
+    neighbouring moves change places and lead to the same state; ``commuting_change`` is the total variation between the
+    distributions before and after, beside that of edits that do make a difference (``edit_change``).
+
+    Formula: follow = mean of 1[TV(p(h'), U(A(s'))) < TV(p(h'), U(A(s)))], over positions with A(s') != A(s).
+
+    Args:
+        model: any hooked model that reads the game's tokens.
+        game: whose moves.
+        n: number of sequences that are edited.
+        seed: of sequences and edits.
+
+    Raises:
+        BadInput: the model does not fit the game.
+        UnsupportedModel: the model is not causal.
+
+    Source: ours; edits of a move as Vafa et al. 2024 (arXiv 2406.03689) change routes, section 5.
+    Fails when: a rule without the state follows the edit as well, as one that counts does; no edit leaves later moves
+        legal and changes what else is (NaN).
+    """
+    check_fits(model, game)
+    generator = torch.Generator().manual_seed(seed + 31)
+    games = game.sample(n, policy=game.policies[0], generator=generator)
+    tokens, counted = games.tokens, games.counted[:, 1:]
+    at = (torch.rand(n, generator=generator) * (games.lengths - 1).clamp_min(1) / 2).long()
+    rows = torch.arange(n)
+    other = games.legal[rows, at].clone()
+    other[rows, tokens[rows, at]] = False
+    if game.n_actions < game.d_vocab:
+        other[:, game.n_actions] = False
+    possible = other.any(1)
+    other[~possible] = True
+    edited = tokens.clone()
+    edited[rows, at] = torch.multinomial(other.float(), 1, generator=generator)[:, 0]
+    states, alive = follow(game, games.states[:, 0], edited)
+    later = torch.arange(tokens.shape[1]) >= at[:, None]
+    legal = game.legal(states[:, 1:].flatten(0, 1)).view(*tokens.shape, -1)
+    over = game.terminal(states[:, 1:].flatten(0, 1)).view(tokens.shape)
+    where = later & alive & counted & possible[:, None] & ~over & (legal != games.legal[:, 1:]).any(2)
+    before, after = (next_probabilities(model, part, game) for part in (tokens, edited))
+    new, old = (total_variation(after, uniform_over(sets)) for sets in (legal, games.legal[:, 1:]))
+    follows = (new < old)[where].float()
+    commuting, pairs = _commuting_change(model, game, games.states, tokens, counted, generator)
+    return Reading(
+        "counterfactual",
+        float(follows.mean()) if len(follows) >= 20 else NAN,
+        mean_interval(follows.tolist()) if len(follows) >= 20 else (NAN, NAN),
+        details={
+            "positions": float(len(follows)),
+            "commuting_change": commuting,
+            "commuting_edits": float(pairs),
+            "edit_change": float(total_variation(before, after)[where].mean()) if len(follows) else NAN,
+        },
+        source="arXiv 2406.03689, section 5",
+    )
+
+
+def _commuting_change(
+    model: HookedModel,
+    game: Game,
+    states: Int[Tensor, "n positions d_state"],
+    tokens: Int[Tensor, "n length"],
+    counted: Bool[Tensor, "n length"],
+    generator: torch.Generator,
+) -> tuple[float, int]:
+    """Mean total variation between distributions before and after two moves changed places that lead to one state."""
+    n, length = tokens.shape
+    rows = torch.arange(n)
+    swapped, chosen = tokens.clone(), torch.full((n,), -1)
+    for _ in range(8):
+        at = torch.randint(max(1, length - 1), (n,), generator=generator)
+        tried = tokens.clone()
+        tried[rows, at], tried[rows, at + 1] = tokens[rows, at + 1], tokens[rows, at]
+        reached, alive = follow(game, states[:, 0], tried)
+        end = at + 1
+        same = alive[rows, end] & (reached[rows, end + 1] == states[rows, end + 1]).all(1) & counted[rows, end]
+        new = same & (chosen < 0) & (tokens[rows, at] != tokens[rows, at + 1])
+        swapped[new], chosen[new] = tried[new], end[new]
+    found = (chosen >= 0).nonzero()[:, 0]
+    if not len(found):
+        return NAN, 0
+    before, after = (next_probabilities(model, part[found], game) for part in (tokens, swapped))
+    later = (torch.arange(length) >= chosen[found, None]) & counted[found]
+    return float(total_variation(before, after)[later].mean()), len(found)

@@ -1,0 +1,133 @@
+"""Prefixes of known state: where probes look."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from circuits.tasks.games import Game, Games
+
+
+@dataclass(frozen=True, eq=False)
+class Prefixes:
+    """Positions in sequences, with the state behind each.
+
+    ``row`` and ``position`` say which: the prefix is ``games.tokens[row, : position + 1]``. ``state`` numbers the
+    different states among them, ``legal_class`` their different sets of legal tokens.
+    """
+
+    game: Game
+    games: Games
+    row: Int[Tensor, " m"]
+    position: Int[Tensor, " m"]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def tokens(self) -> Int[Tensor, "m length"]:
+        """The whole sequence of each prefix: a causal model does not see what follows it."""
+        return self.games.tokens[self.row]
+
+    @property
+    def lengths(self) -> Int[Tensor, " m"]:
+        """Number of tokens of each prefix."""
+        return self.position + 1
+
+    @property
+    def states(self) -> Int[Tensor, "m d_state"]:
+        """The state behind each prefix."""
+        return self.games.states[self.row, self.position + 1]
+
+    @property
+    def legal(self) -> Bool[Tensor, "m d_vocab"]:
+        """What is legal after each prefix."""
+        return self.games.legal[self.row, self.position + 1]
+
+    @property
+    def features(self) -> Int[Tensor, "m n_features"]:
+        """The parts of the state behind each prefix."""
+        return self.game.state_features(self.states)
+
+    @property
+    def state(self) -> Int[Tensor, " m"]:
+        """The same number for prefixes of the same state."""
+        return self.states.unique(dim=0, return_inverse=True)[1]
+
+    @property
+    def legal_class(self) -> Int[Tensor, " m"]:
+        """The same number for prefixes with the same legal tokens."""
+        return self.legal.unique(dim=0, return_inverse=True)[1]
+
+    def take(self, which: Tensor) -> Prefixes:
+        """Return some of the prefixes, by index or mask."""
+        return Prefixes(self.game, self.games, self.row[which], self.position[which])
+
+    def at(self, activations: Tensor) -> Tensor:
+        """Return rows of ``[sequence, position, ...]`` for each prefix."""
+        return activations[self.row, self.position]
+
+    def draw(self, n: int, generator: torch.Generator) -> Prefixes:
+        """Return at most ``n`` of the prefixes, drawn without replacement."""
+        return self.take(torch.randperm(len(self), generator=generator)[:n])
+
+
+def sample_prefixes(
+    game: Game, n: int, *, seed: int, policy: str | None = None, over: bool = False, length: int | None = None
+) -> Prefixes:
+    """Return every prefix of ``n`` sequences, without those of a game that is over (or, with ``over``, just over).
+
+    Args:
+        game: whose sequences.
+        n: number of sequences.
+        seed: of the draws.
+        policy: who plays; None: uniform play.
+        over: keep the prefixes that end a game.
+        length: number of tokens of a sequence; None: the game's.
+
+    Raises:
+        UnknownName: the game has no such policy.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    games = game.sample(n, policy=policy or game.policies[0], generator=generator, length=length)
+    states = games.states[:, 1:]
+    keep = games.counted[:, 1:]
+    if not over:
+        keep = keep & ~game.terminal(states.flatten(0, 1)).view(keep.shape)
+    row, position = keep.nonzero(as_tuple=True)
+    return Prefixes(game, games, row, position)
+
+
+def distinct(prefixes: Prefixes) -> Prefixes:
+    """Return each different prefix once, the first sequence that has it."""
+    code = torch.zeros(len(prefixes.games), dtype=torch.int64)
+    codes = []
+    for token in prefixes.games.tokens.unbind(1):
+        code = code * 1_000_003 + token + 1  # wraps around in 64 bits: a collision is as likely as one in 10^19
+        codes.append(code)
+    key = torch.stack(codes, 1)[prefixes.row, prefixes.position]
+    ordered, order = key.sort(stable=True)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    return prefixes.take(order[first].sort().values)
+
+
+def follow(
+    game: Game, states: Int[Tensor, "n d_state"], tokens: Int[Tensor, "n length"]
+) -> tuple[Int[Tensor, "n positions d_state"], Bool[Tensor, "n length"]]:
+    """Return the states before and after each token, and up to where all tokens so far are legal.
+
+    Unlike ``play`` it goes on after an illegal token: with any legal one instead, so states mean nothing from there.
+    """
+    seen, alive = [states], []
+    fine = torch.ones(len(states), dtype=torch.bool, device=states.device)
+    for token in tokens.unbind(1):
+        legal = game.legal(states)
+        fine = fine & legal.gather(1, token[:, None])[:, 0]
+        states = game.step(states, torch.where(fine, token, legal.long().argmax(1)))
+        seen.append(states)
+        alive.append(fine)
+    return torch.stack(seen, 1), torch.stack(alive, 1) if alive else fine[:, None][:, :0]

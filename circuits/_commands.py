@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 import textwrap
 import tomllib
@@ -13,11 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
+from circuits._printing import print_assessment, print_json, records, text
 from circuits.errors import BadInput, UnknownName
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from circuits.study.study import Failure
 
 _Pairs = UseAppendAction[tuple[tuple[str, ...], ...]]
@@ -59,12 +57,12 @@ def study(
     report = result.report
     table = result.table
     if as_json:
-        _print_json({"report": str(report), "runs": _records(table)})
+        print_json({"report": str(report), "runs": records(table)})
     else:
         from circuits.study.tables import summary
 
         frame = summary(table)
-        print(_text(frame[["cell", "recipe", "verdict", "seeds", "accuracy", "accuracy_block"]]))
+        print(text(frame[["cell", "recipe", "verdict", "seeds", "accuracy", "accuracy_block"]]))
         print(f"\nreport: {report}\ntable:  {result.path / 'results.parquet'}")
     return _say_failures(result.failures, len(table), result.path / "logs")
 
@@ -127,9 +125,9 @@ def train(
     _one_thread()
     built, recipe, config = single(toml, where="circuits train")
     run = circuits.train(built, recipe, seed=seed, out=out, model=config, checkpoints=checkpoints, resume=resume)
-    last = {key: value for key, value in _records(run.metrics.tail(1))[0].items() if value is not None}
+    last = {key: value for key, value in records(run.metrics.tail(1))[0].items() if value is not None}
     if as_json:
-        _print_json({"run": str(out), "id": run.id, "metrics": last})
+        print_json({"run": str(out), "id": run.id, "metrics": last})
     else:
         print(
             "  ".join(
@@ -169,13 +167,19 @@ def discover(
     from circuits import discovery
     from circuits.runs import Run
     from circuits.tasks.arithmetic.operand_square import check_integer
+    from circuits.tasks.games import is_game
 
     _one_thread()
     check_integer("top", top, 0, 2**31 - 1)
     loaded = Run.load(run)
-    examples = loaded.task.pairs(pairs, seed=seed, change=change)
+    task = loaded.task
+    if is_game(task):
+        raise BadInput(
+            f"{run} is a run on the game {task.name!r}, which has no clean and corrupt pairs: circuits explain"
+        )
+    examples = task.pairs(pairs, seed=seed, change=change)
     circuit = discovery.attribute(loaded.model, examples, method=method)
-    others = loaded.task.pairs(pairs, seed=seed + 1, change=change)
+    others = task.pairs(pairs, seed=seed + 1, change=change)
     unseen = others.without(examples)
     others = unseen if len(unseen) else others
     faithful = discovery.faithfulness(loaded.model, circuit, others, progress=sys.stderr.isatty())
@@ -183,9 +187,9 @@ def discover(
         circuit.save(out)
     edges = circuit.to_frame().head(top)
     if as_json:
-        _print_json({"cpr": faithful.cpr, "cmd": faithful.cmd, "edges": _records(edges)})
+        print_json({"cpr": faithful.cpr, "cmd": faithful.cmd, "edges": records(edges)})
     else:
-        print(_text(edges))
+        print(text(edges))
         which = "other pairs" if len(unseen) else "of the same pairs"
         about = f"{circuit.method}, on {len(others)} {which}, {faithful.sizes}"
         print(f"\nCPR {faithful.cpr:.3f}   CMD {faithful.cmd:.3f}   ({about})")
@@ -203,30 +207,38 @@ def explain(
 ) -> int:
     """Say which mechanism a trained network learned, with the evidence.
 
+    Of a run on a game: whether it is a world model, between a network with random weights and the most that there is.
+
     Args:
         run: directory of a finished run.
         seed: seed of the tests' random draws.
         budget: full: every test that the task allows; quick: only those that the verdict is made from.
-        out: directory to save verdict.json in.
+        out: directory to save verdict.json (of a game assessment.json) in.
         as_json: print the verdict as JSON on standard output.
     """
-    from circuits import mechanisms
+    from circuits import mechanisms, worldmodels
     from circuits.runs import Run
+    from circuits.tasks.games import is_game
 
     _one_thread()
     loaded = Run.load(run)
+    if is_game(loaded.task):
+        probes = None if budget == "quick" else worldmodels.PROBES
+        found = worldmodels.assess(loaded.model, loaded.task, probes=probes, seed=seed, progress=sys.stderr.isatty())
+        print_assessment(found, out=out, as_json=as_json)
+        return 0
     verdict = mechanisms.explain(loaded.model, loaded.task, seed=seed, budget=budget, progress=sys.stderr.isatty())
     if out is not None:
         verdict.save(out)
     if as_json:
-        _print_json(verdict.to_json())
+        print_json(verdict.to_json())
     else:
         print(f"{verdict.label}" + (f" ({verdict.mechanism})" if verdict.mechanism else ""))
         print(f"{verdict.why}\n")
         for side, sentences in (("for", verdict.evidence_for), ("against", verdict.evidence_against)):
             print(*(f"{side}: {sentence}" for sentence in sentences or ("nothing",)), sep="\n")
         columns = ["value", "low", "high", "control", "threshold", "passed", "seconds"]
-        print(_text(verdict.to_frame()[columns].reset_index()))
+        print(text(verdict.to_frame()[columns].reset_index()))
         print(f"\n{budget} budget: {sum(e.seconds for e in verdict.items):.1f} s")
         thresholds = " ".join(f"{name}={value:g}" for name, value in verdict.thresholds.items())
         print(textwrap.fill(f"rule {verdict.rule}: {thresholds}", 100, subsequent_indent="  "))
@@ -259,13 +271,10 @@ def report(
     if latex is not None:
         loaded.to_latex(latex)
     if as_json:
-        _print_json({"report": str(loaded.report), "summary": _records(loaded.summary())})
+        print_json({"report": str(loaded.report), "summary": records(loaded.summary())})
     else:
         print(loaded.report)
     return 0
-
-
-KINDS = ("tasks", "objectives", "methods", "analyses", "tests", "presets", "references", "trained", "known-circuits")
 
 
 def list_names(
@@ -274,17 +283,19 @@ def list_names(
     *,
     as_json: _Json = False,
 ) -> int:
-    """Show what there is, a line each: tasks, objectives, methods, tests, presets, models, known circuits.
+    """Show what there is, a line each: tasks, games, objectives, methods, tests, probes, presets, models.
 
     Args:
-        kind: one of tasks, objectives, methods, analyses, tests, presets, references, known-circuits (default: all).
+        kind: one of tasks, games, objectives, methods, analyses, tests, probes, presets, references, trained,
+            known-circuits (default: all).
         as_json: print them as JSON on standard output.
     """
-    if kind is not None and kind not in KINDS:
-        raise UnknownName("kind", kind, KINDS)
-    listed = {name: _entries(name) for name in ([kind] if kind else KINDS)}
+    kinds = (*_TABLES, "presets", "known-circuits")
+    if kind is not None and kind not in kinds:
+        raise UnknownName("kind", kind, kinds)
+    listed = {name: _entries(name) for name in ([kind] if kind else kinds)}
     if as_json:
-        _print_json(listed)
+        print_json(listed)
         return 0
     for name, entries in listed.items():
         print(name)
@@ -328,7 +339,7 @@ def bench(
         check_integer("seed", seed, 0, 2**32 - 1)
     found = run_bench(out, circuits=circuits or None, methods=methods or None, n_pairs=pairs, seeds=seeds)
     if as_json:
-        _print_json(_records(found.table))
+        print_json(records(found.table))
     else:
         print(found.shown().to_string(index=False))
         print("\nmeans over circuits, with 95 % bootstrap intervals over circuits")
@@ -363,21 +374,23 @@ def calibrate(
     found = judge(out, families=families or None, seeds=seeds, workers=workers)
     page = found.report
     if as_json:
-        _print_json(_records(found.table))
+        print_json(records(found.table))
     else:
-        print(_text(found.summary()), found.confusion().to_string(), _text(found.left_out()), sep="\n\n")
+        print(text(found.summary()), found.confusion().to_string(), text(found.left_out()), sep="\n\n")
         print(f"\ntable:  {found.path / 'calibration.parquet'}\nreport: {page}")
     return 0
 
 
 _TABLES = {
-    "references": ("reference", "REFERENCES"),
-    "trained": ("reference", "TRAINED"),
     "tasks": ("tasks", "TASKS"),
+    "games": ("tasks.games", "GAMES"),
     "objectives": ("objectives", "OBJECTIVES"),
     "methods": ("discovery", "METHODS"),
     "analyses": ("discovery", "ANALYSES"),
     "tests": ("mechanisms", "TESTS"),
+    "probes": ("worldmodels", "PROBES"),
+    "references": ("reference", "REFERENCES"),
+    "trained": ("reference", "TRAINED"),
 }
 
 
@@ -412,12 +425,12 @@ def _pairs(groups: Iterable[Iterable[str]], **taken: str) -> dict[str, Any]:
     ``taken`` says by what a key is given already.
     """
     values: dict[str, Any] = {}
-    for text in (text for group in groups for text in group):
-        key, equals, value = text.partition("=")
+    for pair in (pair for group in groups for pair in group):
+        key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise BadInput(f"{text!r}: expected KEY=VALUE, such as p=53")
+            raise BadInput(f"{pair!r}: expected KEY=VALUE, such as p=53")
         if key in taken:
-            raise BadInput(f"{text!r}: {key} is given by {taken[key]}: leave {key} out")
+            raise BadInput(f"{pair!r}: {key} is given by {taken[key]}: leave {key} out")
         if key in values:
             raise BadInput(f"{key} is given twice: {values[key]!r} and {value!r}")
         try:
@@ -425,17 +438,3 @@ def _pairs(groups: Iterable[Iterable[str]], **taken: str) -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             values[key] = value
     return values
-
-
-def _text(frame: pd.DataFrame) -> str:
-    numbers = {name: f"{{:.{3}f}}".format for name in frame.select_dtypes("number") if frame[name].dtype.kind == "f"}
-    columns: Any = numbers
-    return frame.to_string(index=False, formatters=columns, na_rep="-", max_colwidth=70)
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    return json.loads(frame.to_json(orient="records"))
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=1, allow_nan=False))

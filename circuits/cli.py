@@ -21,7 +21,7 @@ COMMANDS = {
     "report": "Write a study's table and report again from what is on disk.",
     "bench": "Hold discovery methods to models whose circuit is known: accuracy, faithfulness, stability, cost.",
     "calibrate": "Judge models that were built to have a known mechanism, and say how often the verdict is right.",
-    "list": "Show what there is, a line each: tasks, objectives, methods, tests, presets, models, known circuits.",
+    "list": "Show what there is, a line each: tasks, games, objectives, methods, tests, probes, presets, models.",
 }
 """Each command, with the first line of its function's docstring."""
 _FUNCTIONS = {"list": "list_names"}

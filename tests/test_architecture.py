@@ -22,6 +22,7 @@ SIBLINGS_ALLOWED = {("model", part) for part in ("_layers", "_convert", "_io")} 
     ("runs", "objectives"),
     ("cli", "_commands"),
     ("cli", "_arguments"),
+    ("_commands", "_printing"),
 }
 NEVER = {"objectives", "runs", "training"}
 STANDS_ALONE = {"discovery", "mechanisms", "worldmodels"}

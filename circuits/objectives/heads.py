@@ -48,21 +48,30 @@ class LinearHead(nn.Module):
 
 
 class ActionHead(nn.Module):
-    """What follows each token: a hidden layer over the residual stream and the token, then a linear map."""
+    """What follows each token: a hidden layer over the residual stream and the token, then two linear maps.
+
+    One says whether the token is legal, of every token; the other what state it leads to, of those that are asked for.
+    """
 
     def __init__(self, d_model: int, n_tokens: int, n_out: int, generator: torch.Generator, *, width: int) -> None:
         super().__init__()
         self.resid = LinearHead(d_model, width, generator)
         self.token = nn.Parameter(torch.randn(n_tokens, width, generator=generator) / math.sqrt(2))
+        self.legality = nn.Parameter(torch.randn(2, width, generator=generator) / math.sqrt(width))
         self.weight = nn.Parameter(torch.randn(n_out, width, generator=generator) / math.sqrt(width))
         self.bias = nn.Parameter(torch.zeros(n_out))
 
-    def forward(
-        self, resid: Float[Tensor, "rows d_model"], tokens: Int[Tensor, "rows k"]
-    ) -> Float[Tensor, "rows k n_out"]:
-        """Return one number for each output, for each of some tokens."""
-        hidden = F.relu(self.resid(resid)[:, None] + self.token[tokens])
+    def hidden(self, resid: Float[Tensor, "rows d_model"], tokens: Int[Tensor, "rows k"]) -> Float[Tensor, "rows k w"]:
+        """Return the hidden layer for each of some tokens."""
+        return F.relu(self.resid(resid)[:, None] + self.token[tokens])
+
+    def forward(self, hidden: Float[Tensor, "*batch w"]) -> Float[Tensor, "*batch n_out"]:
+        """Return one number for each value of each feature of the state that follows."""
         return F.linear(hidden, self.weight, self.bias)
+
+    def legal(self, hidden: Float[Tensor, "*batch w"]) -> Float[Tensor, "*batch 2"]:
+        """Return one number for illegal and one for legal."""
+        return F.linear(hidden, self.legality)
 
 
 def feature_losses(

@@ -11,6 +11,7 @@ from circuits.objectives.base import Objective, check_number
 from circuits.tasks.base import Task
 from circuits.tasks.games import Game, is_game
 
+BEST = "best"
 TRAINED = ("all", "unembedding")
 """Which weights of the model a stage can train."""
 
@@ -38,8 +39,8 @@ class Stage:
         gradient_clip: largest norm of the gradient; None: any.
         stop_accuracy: end the stage once the accuracy on pairs held out at random reached this at two
             evaluations in a row.
-        policy: who plays the games that are trained on, one of the game's ``policies``; None: its first, uniform play.
-            No other task has one.
+        policy: who plays the games that are trained on: one of the game's ``policies``, or ``best`` for the one that
+            makes its best moves; None: the first, uniform play. No other task has one.
         trained: ``all``, or ``unembedding``: the rest of the model stays as it is, so that the stage only gives words
             to what the trunk holds.
 
@@ -100,8 +101,14 @@ class Stage:
             return
         if self.batch_size is None:
             raise BadInput(f"batch_size = None: {task.name!r} is a game, whose sequences have no end; give a number")
-        if self.policy is not None and self.policy not in task.policies:
-            raise UnknownName(f"policy of {task.name}", self.policy, task.policies)
+        known = (*task.policies, *([BEST] if len(task.policies) > 1 else []))
+        if self.policy is not None and self.policy not in known:
+            raise UnknownName(f"policy of {task.name}", self.policy, known)
+
+
+def policy_of(stage: Stage, game: Game) -> str:
+    """Return the name, among the game's policies, of who plays the games that a stage trains on."""
+    return game.policies[1] if stage.policy == BEST else stage.policy or game.policies[0]
 
 
 @dataclass(frozen=True)

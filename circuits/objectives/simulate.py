@@ -61,12 +61,15 @@ class Simulate:
 
     def head(self, task: Game, d_model: int, *, generator: torch.Generator) -> ActionHead:
         """Return the head: one output for each value of each feature, and two for illegal and legal."""
-        return ActionHead(d_model, task.d_vocab, sum(task.feature_sizes) + 2, generator, width=WIDTH)
+        return ActionHead(d_model, task.d_vocab, sum(task.feature_sizes), generator, width=WIDTH)
 
     def loss(
         self, model: HookedModel, task: Game, batch: GameBatch, *, generator: torch.Generator, head: ActionHead
     ) -> Loss:
-        """Return the mean over positions and actions; logs the share of next states that are right."""
+        """Return the mean over positions and legal moves, and that over all tokens of whether they are legal.
+
+        Logs the share of next states that are right.
+        """
         logits, resid = logits_and_residual(model, batch.inputs)
         beside = self.next_token * next_token_loss(logits, batch) if self.next_token else 0.0
         if self.actions == "taken":
@@ -78,15 +81,15 @@ class Simulate:
             resid, states, legal = resid[batch.scored], batch.states[batch.scored], batch.legal[batch.scored]
             tokens = torch.arange(task.d_vocab, device=resid.device).expand(len(resid), -1)
         rows, columns, features = next_features(task, states, tokens, legal)
-        outputs = head(resid, tokens)
-        wanted = outputs[rows, columns, :-2]
+        hidden = head.hidden(resid, tokens)
+        wanted = head(hidden[rows, columns])
         simulated = feature_losses(wanted, task, features)
         right = (read_features(wanted.detach(), task) == features).all(1).float().mean()
         if self.actions == "taken":
             return Loss(simulated.mean() + beside, {"labels": float(features.numel()), "head_accuracy": right})
-        illegal = F.cross_entropy(outputs[..., -2:].flatten(0, 1), legal.long().flatten(), reduction="sum")
+        legality = F.cross_entropy(head.legal(hidden).flatten(0, 1), legal.long().flatten())
         labels = float(features.numel() + legal.numel())
-        return Loss((illegal + simulated.sum()) / legal.numel() + beside, {"labels": labels, "head_accuracy": right})
+        return Loss(legality + simulated.mean() + beside, {"labels": labels, "head_accuracy": right})
 
 
 def next_features(

@@ -58,7 +58,7 @@ class State:
         logits = head(resid[batch.scored])
         features = task.state_features(batch.states[batch.scored])
         right = (read_features(logits.detach(), task) == features).all(1).float().mean()
-        metrics = {"labels": float(features.numel()), "head_accuracy": right}
+        metrics: dict[str, torch.Tensor | float] = {"labels": float(features.numel()), "head_accuracy": right}
         loss = feature_losses(logits, task, features).mean()
         if self.next_token:
             loss = loss + self.next_token * next_token_loss(next_logits, batch)

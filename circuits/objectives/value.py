@@ -86,8 +86,10 @@ class Value:
         Raises:
             BadInput: the model's output vocabulary lacks an answer.
         """
-        if isinstance(batch, GameBatch):
+        if is_game(task):
+            assert isinstance(batch, GameBatch) and head is not None
             return outcome_loss(model, task, batch, head)
+        assert isinstance(batch, Batch)
         logits = answer_logits(model, batch.inputs)
         labels = soft_labels(task, self.sigma, logits.shape[-1], logits.device)
         answers = answer_index(task, logits.device)[batch.tokens[:, -1]]

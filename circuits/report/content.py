@@ -13,14 +13,16 @@ import pandas as pd
 
 from circuits import __version__
 from circuits._io import to_json
-from circuits._style import VERDICT_GLYPHS
+from circuits._style import VERDICT_GLYPHS, WORLD_MODEL_GLYPHS
 from circuits.errors import CorruptRun
 from circuits.mechanisms import TESTS, VERSION, Evidence, rule_table
 from circuits.plots import fourier_figure, neuron_figure, training_figure
+from circuits.report import games
 from circuits.report.provenance import circuits_by, counted, made_with, reasons
 from circuits.study import tables
 from circuits.study.analyse import MATCHED, Analysis
 from circuits.study.study import Study
+from circuits.tasks.games import GAMES
 
 MEANINGS = {
     "algorithm": "A candidate algorithm passes all its tests, no test of heuristics or lists passes too, and the "
@@ -37,6 +39,9 @@ MEANINGS = {
     "mechanism passes that errs alike on all pairs: there is none to name.",
 }
 """What ``mechanisms.rule.decide`` asks for before it gives a label; ``docs/concepts.md`` has the same words."""
+
+
+GLYPHS = {**VERDICT_GLYPHS, **WORLD_MODEL_GLYPHS}
 
 
 class Figures:
@@ -71,12 +76,20 @@ def build(study: Study) -> dict[str, Any]:
         for recipe in rows
     ]
     sections = []
+    of_games = set(table.loc[table["task"].isin(GAMES), "cell"])
     for (cell, recipe), group in groups.items():
+        if cell in of_games:
+            continue
         found, problems = _read(study, group, why_not)
         analyses |= found
         by_seed = {int(row["seed"]): found[row["run_id"]] for row in group.to_dict("records") if row["run_id"] in found}
         sections.append(_section(str(cell), str(recipe), group, by_seed, problems, figures))
-    by_cell = [{"cell": c, "sections": [s for s in sections if s["cell"] == c]} for c in columns]
+    by_cell = [{"cell": c, "sections": [s for s in sections if s["cell"] == c]} for c in columns if c not in of_games]
+    world_models = games.world_models(study, table, figures)
+    meanings = (MEANINGS if by_cell else {}) | (games.MEANINGS if of_games else {})
+    meanings |= {
+        label: MEANINGS[label] for label in ("mixed", "undetermined", "not-learned") if of_games and not by_cell
+    }
     counts = Counter(done["label"])
     return {
         "title": study.spec.title,
@@ -87,10 +100,11 @@ def build(study: Study) -> dict[str, Any]:
         "matched_accuracy": f"{MATCHED:.0%}",
         "matched": [row for key, group in groups.items() if (row := _matched(group, str(key[0]), str(key[1])))],
         "by_cell": by_cell,
-        "legend": [
-            {"label": label, "glyph": VERDICT_GLYPHS[label], "meaning": meaning} for label, meaning in MEANINGS.items()
-        ],
-        "tests": [{"name": n, "text": inspect.cleandoc(t.__doc__ or "")} for n, t in TESTS.items()],
+        "legend": [{"label": label, "glyph": GLYPHS[label], "meaning": meaning} for label, meaning in meanings.items()],
+        "tests": [{"name": n, "text": inspect.cleandoc(t.__doc__ or "")} for n, t in TESTS.items()] if by_cell else [],
+        "world_models": world_models,
+        "probes": games.probes() if of_games else [],
+        "game_rule": games.thresholds(),
         "rule": {"version": VERSION, "thresholds": [(k.replace("_", " "), v) for k, v in rule_table().items()]},
         "recipes": [_recipe(study, recipe) for recipe in rows],
         "discovery": circuits_by(analyses.values()),
@@ -165,7 +179,7 @@ def _chip(label: str, count: int, done: pd.DataFrame) -> dict[str, Any]:
     mechanisms = sorted({str(m) for m in done.loc[done["label"] == label, "mechanism"].dropna()})
     return {
         "label": label,
-        "glyph": VERDICT_GLYPHS[label],
+        "glyph": GLYPHS[label],
         "mechanism": " / ".join(mechanisms),
         "count": f"{count} of {len(done)}" if count < len(done) else "",
     }
@@ -232,7 +246,7 @@ def _section(
             {
                 "seed": seed,
                 "label": verdict.label,
-                "glyph": VERDICT_GLYPHS[verdict.label],
+                "glyph": GLYPHS[verdict.label],
                 "mechanism": verdict.mechanism,
                 "why": verdict.why,
                 "for": verdict.evidence_for,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from circuits._style import ON_DARK, PAGES, VERDICT_COLOURS
+from circuits._style import ON_DARK, PAGES, VERDICT_COLOURS, WORLD_MODEL_COLOURS
 
 
 def css() -> str:
@@ -10,10 +10,8 @@ def css() -> str:
 
     Without any script the page is dark where the system is.
     """
-    verdicts = {
-        "light": VERDICT_COLOURS,
-        "dark": {label: ON_DARK[colour] for label, colour in VERDICT_COLOURS.items()},
-    }
+    colours = {**VERDICT_COLOURS, **WORLD_MODEL_COLOURS}
+    verdicts = {"light": colours, "dark": {label: ON_DARK[colour] for label, colour in colours.items()}}
     light, dark = (
         f"color-scheme: {theme}; " + " ".join(f"--{k}: {v};" for k, v in {**page, **verdicts[theme]}.items())
         for theme, page in PAGES.items()

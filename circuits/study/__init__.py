@@ -18,6 +18,8 @@ PRESETS: dict[str, Path] = {
     "arithmetic-quick": _FOLDER / "arithmetic-quick.toml",
     "arithmetic": _FOLDER / "arithmetic.toml",
     "range-codes": _FOLDER / "range-codes.toml",
+    "games": _FOLDER / "games.toml",
+    "games-smoke": _FOLDER / "games-smoke.toml",
     "smoke": _FOLDER / "smoke.toml",
 }
 

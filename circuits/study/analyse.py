@@ -11,17 +11,21 @@ from typing import Any
 
 import torch
 
-from circuits import discovery, mechanisms, training
+from circuits import discovery, mechanisms, training, worldmodels
 from circuits._io import make_directory, read_json, sha256_file, storage_errors, write_json
 from circuits.discovery import Circuit, Faithfulness
 from circuits.errors import BadInput, CorruptRun, Diverged, IncompatibleRun
 from circuits.mechanisms import Verdict
 from circuits.runs import Run, versions
 from circuits.study.figure_data import figure_data
+from circuits.study.game_analysis import analyse_game
 from circuits.study.plan import Planned
 from circuits.tasks.base import Pairs
+from circuits.tasks.games import is_game
 
-FORMAT = 2
+FORMAT = 3
+RULE = f"{mechanisms.VERSION}, {worldmodels.VERSION}"
+"""The rules of both kinds of verdicts."""
 PAIRS = 128
 """Clean and corrupt pairs that score the edges; as many others measure how faithful the circuit is."""
 SHARES = (0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
@@ -99,26 +103,28 @@ def _complete(run: Planned) -> None:
     record(run, "done", steps=steps, seconds=seconds, analysis_seconds=spent, matched_steps=matched_step(trained))
 
 
-def analyse(run: Run, folder: Path) -> Analysis:
-    """The verdict, circuit, faithfulness and figure data of a finished run, written into a folder."""
+def analyse(run: Run, folder: Path) -> None:
+    """Write verdict, circuit, faithfulness and figure data of a finished run into a folder; of a game, all readings."""
     with storage_errors(folder):
         shutil.rmtree(folder, ignore_errors=not folder.exists())
     make_directory(folder)
-    verdict = mechanisms.explain(run.model, run.task, budget=BUDGET)
+    task = run.task
+    if is_game(task):
+        analyse_game(run, task, folder)
+        return
+    verdict = mechanisms.explain(run.model, task, budget=BUDGET)
     verdict.save(folder)
     if (step := matched_step(run)) is not None:
-        mechanisms.explain(run.checkpoint(step), run.task, budget=BUDGET).save(make_directory(folder / "matched"))
-    circuit = faithful = None
+        mechanisms.explain(run.checkpoint(step), task, budget=BUDGET).save(make_directory(folder / "matched"))
     if verdict.label != "not-learned":
-        examples = run.task.pairs(PAIRS, seed=0)
+        examples = task.pairs(PAIRS, seed=0)
         circuit = discovery.attribute(run.model, examples)
         circuit.save(folder / "circuit")
-        faithful = _faithfulness(run, circuit, examples)
+        others = task.pairs(PAIRS, seed=1)
+        faithful = _faithfulness(run, circuit, examples, others)
         if faithful is not None:
             faithful.save(folder / "faithfulness")
-    figures = figure_data(run.model, run.task, run.metrics)
-    write_json(folder / "figures.json", figures)
-    return Analysis(verdict, circuit, faithful, figures)
+    write_json(folder / "figures.json", figure_data(run.model, task, run.metrics))
 
 
 def matched_step(run: Run) -> int | None:
@@ -128,10 +134,9 @@ def matched_step(run: Run) -> int | None:
     return min(steps, default=None)
 
 
-def _faithfulness(run: Run, circuit: Circuit, seen: Pairs) -> Faithfulness | None:
+def _faithfulness(run: Run, circuit: Circuit, seen: Pairs, others: Pairs) -> Faithfulness | None:
     """How faithful the circuit is on unseen pairs; None where the metric does not move when every edge is ablated."""
     try:
-        others = run.task.pairs(PAIRS, seed=1)
         unseen = others.without(seen)
         return discovery.faithfulness(run.model, circuit, unseen if len(unseen) else others, shares=SHARES)
     except BadInput as error:
@@ -144,7 +149,7 @@ def record(run: Planned, status: str, **values: Any) -> None:
     make_directory(run.analysis)
     kept = [p for p in run.analysis.rglob("*") if p.is_file() and p.name[0] != "." and p.name != "manifest.json"]
     files = {path.relative_to(run.analysis).as_posix(): sha256_file(path) for path in sorted(kept)}
-    made = {"format": FORMAT, "rule": mechanisms.VERSION, "versions": versions()}
+    made = {"format": FORMAT, "rule": RULE, "versions": versions()}
     manifest = {**made, "status": status, **values, "files": files}
     write_json(run.analysis / "manifest.json", manifest)
 
@@ -159,7 +164,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     manifest = _manifest(folder)
-    return manifest if (manifest["format"], manifest["rule"]) == (FORMAT, mechanisms.VERSION) else None
+    return manifest if (manifest["format"], manifest["rule"]) == (FORMAT, RULE) else None
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -182,7 +187,7 @@ def check_version(folder: Path) -> None:
     manifest = _manifest(folder)
     raise IncompatibleRun(
         f"{folder} was written by rule {manifest['rule']!r} in analysis format {manifest['format']!r}, this version "
-        f"has {mechanisms.VERSION!r} and {FORMAT!r}: run the study again, which trains nothing anew, or use the "
+        f"has {RULE!r} and {FORMAT!r}: run the study again, which trains nothing anew, or use the "
         "version that wrote it"
     )
 

@@ -169,7 +169,7 @@ def single(toml: _Table, *, where: str) -> tuple[Task | Game, Recipe, ModelConfi
 
 def heading(task: Task | Game) -> str:
     """A task's name, its size and those of its other parameters that are not the default."""
-    fields = sorted(dataclasses.fields(task), key=lambda f: f.kw_only)  # type: ignore[arg-type]
+    fields = sorted(dataclasses.fields(task), key=lambda f: bool(f.kw_only))  # type: ignore[arg-type]
     shown = [
         f"{f.name} = {str(value).lower() if isinstance(value, bool) else value}"
         for index, f in enumerate(fields)

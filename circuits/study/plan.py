@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ from pathlib import Path
 
 from circuits.errors import BadInput
 from circuits.model import ModelConfig
-from circuits.objectives.recipe import Recipe
+from circuits.objectives.recipe import Recipe, Stage, policy_of
 from circuits.runs import run_id
 from circuits.study.grid import Spec
 from circuits.tasks.base import Task
+from circuits.tasks.games import Game, is_game
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Planned:
     id: str
     folder: Path
     cell: str
-    task: Task
+    task: Task | Game
     model: ModelConfig
     recipe: Recipe
     seed: int
@@ -45,8 +47,16 @@ class Planned:
 
     @property
     def objective(self) -> str:
-        """Names of the objectives, stage by stage."""
-        return " + ".join(stage.objective.name for stage in self.recipe.stages)
+        """Names of the objectives, stage by stage; on a game, of what trains the trunk, with what is not its default.
+
+        A stage that trains the unembedding alone only lets a trunk speak; where there is no other, the trunk is the
+        untrained control, ``random-init``.
+        """
+        task, stages = self.task, self.recipe.stages
+        if not is_game(task):
+            return " + ".join(stage.objective.name for stage in stages)
+        trunk = [stage for stage in stages if stage.trained == "all"]
+        return " + ".join(_described(stage, task) for stage in trunk) or "random-init"
 
     @property
     def steps(self) -> int:
@@ -59,10 +69,8 @@ class Planned:
         m = self.model
         per_token = m.n_layers * (4 * m.d_model * m.n_heads * (m.d_head or 0) + 2 * m.d_model * (m.d_mlp or 0))
         per_token += m.d_model * (m.d_vocab_out or m.d_vocab)
-        size = self.task.split_size("train")
-        tokens = sum(stage.steps * (stage.batch_size or size) for stage in self.recipe.stages) * (
-            len(self.task.roles) - 1
-        )
+        size = 0 if is_game(self.task) else self.task.split_size("train")
+        tokens = sum(stage.steps * (stage.batch_size or size) for stage in self.recipe.stages) * self.task.n_ctx
         return float(tokens * per_token)
 
     def __str__(self) -> str:
@@ -73,6 +81,16 @@ class Planned:
         from circuits.study.analyse import complete
 
         complete(self)
+
+
+def _described(stage: Stage, game: Game) -> str:
+    """An objective's name with those of its settings that are words and not the default, and who plays if not usual."""
+    fields = dataclasses.fields(stage.objective)  # type: ignore[arg-type]
+    values = [getattr(stage.objective, f.name) for f in fields if getattr(stage.objective, f.name) != f.default]
+    words = [value for value in values if isinstance(value, str)]
+    if policy_of(stage, game) != game.policies[0]:
+        words.append(policy_of(stage, game))
+    return f"{stage.objective.name} ({', '.join(words)})" if words else str(stage.objective.name)
 
 
 def plan(spec: Spec, folder: Path) -> tuple[Planned, ...]:

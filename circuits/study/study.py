@@ -21,9 +21,12 @@ from circuits.study.analyse import (
     read_verdict,
     record,
 )
+from circuits.study.game_analysis import GameAnalysis, assessments, game_columns
 from circuits.study.grid import Spec, parse
 from circuits.study.plan import Planned, plan, shard_of
 from circuits.study.progress import Progress
+from circuits.tasks.games import is_game
+from circuits.worldmodels import Assessment
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,26 @@ class Study:
     def _repr_html_(self) -> str:
         return f"<b>{self.spec.name}</b>" + self.summary().to_html(float_format=lambda v: f"{v:.3f}", index=False)
 
+    def games(self) -> tuple[dict[str, GameAnalysis], dict[str, Assessment]]:
+        """What was found out about the runs on games, and the verdicts, by the runs' ids.
+
+        Raises:
+            CorruptRun: an analysis is damaged.
+        """
+        found: dict[str, GameAnalysis] = {}
+        for run in self.plan:
+            if is_game(run.task):
+                manifest = read_manifest(run.analysis)
+                if manifest is not None and manifest["status"] == "done":
+                    found[run.id] = GameAnalysis.load(run.analysis, manifest)
+        return found, assessments(self.plan, found)
+
     def _rows(self) -> pd.DataFrame:
-        return tables.results(_row(run) for run in self.plan)
+        analyses, verdicts = self.games()
+        return tables.results(
+            _row(run) | (game_columns(analyses[run.id], verdicts[run.id]) if run.id in analyses else {})
+            for run in self.plan
+        )
 
 
 def _row(run: Planned) -> dict[str, Any]:
@@ -152,7 +173,7 @@ def _row(run: Planned) -> dict[str, Any]:
     if manifest is None:
         return row
     row |= {key: manifest.get(key) for key in ("status", "steps", "seconds")}
-    if manifest["status"] == "done":
+    if manifest["status"] == "done" and not is_game(run.task):
         row |= tables.verdict_columns(read_verdict(run.analysis, manifest))
         if manifest["matched_steps"] is not None:
             row |= tables.matched_columns(read_verdict(run.analysis, manifest, matched=True), manifest["matched_steps"])

@@ -13,6 +13,8 @@ import pandas as pd
 from circuits._io import atomic_write
 from circuits.errors import CorruptRun
 from circuits.mechanisms import TESTS, Verdict
+from circuits.study.game_analysis import GAME_COLUMNS
+from circuits.tasks.games import GAMES
 
 DTYPES = {
     "cell": "string",
@@ -34,16 +36,23 @@ DTYPES = {
     "matched_steps": "Int64",
     "why": "string",
     **{column: "Float64" for test in TESTS for column in (test, f"{test}_low", f"{test}_high")},
+    **dict.fromkeys(GAME_COLUMNS, "Float64"),
     "run_id": "string",
 }
 """Columns of ``results.parquet`` in order. Accuracies are shares; ``accuracy`` is on pairs held out at random.
-The columns ``matched_`` are of the first checkpoint that reached the accuracy at which recipes are compared."""
+The columns ``matched_`` are of the first checkpoint that reached the accuracy at which recipes are compared. Columns of
+tests are there where a run is on another task than a game, columns of probes where one is on a game; of a game,
+``accuracy`` is the share of unseen positions at which the most probable token is legal."""
 
 
 def results(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """The results table: typed, every column there, absent values NA."""
-    frame = pd.DataFrame(list(rows)).reindex(columns=list(DTYPES))
-    return frame.astype(DTYPES)
+    """The results table: typed, every column of its kinds of tasks there, absent values NA."""
+    frame = pd.DataFrame(list(rows))
+    games = frame["task"].isin(GAMES)
+    of_tests = {column for test in TESTS for column in (test, f"{test}_low", f"{test}_high")}
+    left_out = (set() if games.any() else set(GAME_COLUMNS)) | (set() if (~games).any() else of_tests)
+    columns = [name for name in DTYPES if name not in left_out]
+    return frame.reindex(columns=columns).astype({name: DTYPES[name] for name in columns})
 
 
 def verdict_columns(verdict: Verdict) -> dict[str, Any]:
@@ -89,7 +98,8 @@ def read(path: Path) -> pd.DataFrame:
         CorruptRun: it cannot be read.
     """
     try:
-        return pd.read_parquet(path).astype(DTYPES)
+        frame = pd.read_parquet(path)
+        return frame.astype({name: DTYPES[name] for name in frame.columns})
     except (OSError, ValueError, KeyError) as error:
         raise CorruptRun(f"{path}: not a readable results table ({error}): run the study again") from error
 

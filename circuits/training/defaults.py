@@ -44,7 +44,7 @@ def default_recipe(task: Task | Game, objective: Objective) -> Recipe:
     """
     if is_game(task):
         stage = Stage(objective, steps=600, batch_size=64, learning_rate=3e-3, warmup=50, cooldown=0.3)
-        if isinstance(objective, (NextToken, LegalSet)) or getattr(objective, "next_token", 0):
+        if isinstance(objective, (NextToken, LegalSet)) or getattr(objective, "next_token", False):
             return Recipe(objective.name, (stage,))
         speak = Stage(NextToken(), steps=200, batch_size=64, learning_rate=1e-2, cooldown=0.3, trained="unembedding")
         return Recipe(objective.name, (stage, speak))

@@ -13,6 +13,7 @@ from torch import Tensor
 from circuits.errors import BadInput, Diverged
 from circuits.model import Transformer
 from circuits.objectives import Recipe, Stage
+from circuits.objectives.recipe import policy_of
 from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.base import Batch, Task
 from circuits.tasks.games import Game, GameBatch, is_game, training_batch
@@ -141,7 +142,9 @@ def steps(
             last = done + 1 == stage.steps
             metrics: dict[str, float] = {}
             if step % every == 0 or last:
-                metrics = {k: float(v) for k, v in logged.items()} | accuracies(model.eval(), task, policy=stage.policy)
+                metrics = {k: float(v) for k, v in logged.items()} | accuracies(
+                    model.eval(), task, policy=policy_of(stage, task) if is_game(task) else None
+                )
                 model.train()
                 at_goal = stage.stop_accuracy is not None and metrics["accuracy_random"] >= stage.stop_accuracy
                 streak = streak + 1 if at_goal else 0
@@ -168,7 +171,7 @@ def _others_frozen(model: Transformer, stage: Stage) -> Iterator[None]:
 def _draw(task: Task | Game, stage: Stage, seed: int, step: int) -> Batch | GameBatch:
     assert stage.batch_size is not None
     if is_game(task):
-        return training_batch(task, stage.policy or task.policies[0], stage.batch_size, seed=seed, step=step)
+        return training_batch(task, policy_of(stage, task), stage.batch_size, seed=seed, step=step)
     return task.sample("train", stage.batch_size, generator=generator_for(seed, DATA_STREAM, step))
 
 

@@ -166,7 +166,7 @@ def _with(
 
         return put
 
-    hooks = [(_name(k), setter(k)) for k in range(n_layers(model))]
+    hooks: list[Any] = [(_name(k), setter(k)) for k in range(n_layers(model))]
     with torch.no_grad(), model.hooks(fwd_hooks=hooks):
         logits = model(prefixes.tokens.to(device))[at]
     return logits[:, : prefixes.game.d_vocab].float().softmax(-1).cpu()
@@ -198,7 +198,8 @@ def _pattern_effect(
     x = one_hot(test)
     roots = torch.tensor([int(rules.trees[i].tree_.feature[0]) for i in good.tolist()])
     generator = torch.Generator().manual_seed(seed)
-    own_errors, other_errors = [], []
+    own_errors: list[float] = []
+    other_errors: list[float] = []
     for feature in roots.unique().tolist():
         own, others = good[roots == feature], good[roots != feature]
         holds = torch.from_numpy(x[:, feature] > 0.5).nonzero()[:100, 0] if feature >= 0 else torch.zeros(0)

@@ -130,7 +130,7 @@ def fine_tuned_inductive_bias(
         betas 0.9 and 0.95, weight decay 0.1, gradient norm clipped at 1, full batch.
     """
     check_fits(model, game)
-    found = {}
+    found: dict[tuple[int, float], Reading] = {}
     for rate in learning_rates:
         measured: dict[int, list[tuple[Tensor, Examples]]] = {n: [] for n in steps}
         for chosen in examples(game, labellings=labellings, seed=seed):

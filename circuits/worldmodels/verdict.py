@@ -37,7 +37,7 @@ class Thresholds:
     """What the verdict asks for; written into every result.
 
     Attributes:
-        learned: share of positions at which the most probable token is legal, below which nothing was learned.
+        learned: probability of legal tokens, in the mean over positions, below which nothing was learned.
         high: score from which a network does as one that was told the state.
         low: score up to which it does as one that was not trained.
         gap: largest off-policy gap of a world model.
@@ -192,11 +192,11 @@ def judge(
     A score is (x - untrained) / (told - untrained), cut to [0, 1]; without controls 0 and 1 stand in for theirs, and
     for the inductive bias, whose ceiling is in the statistic, as well.
 
-    ``not-learned``: the most probable token is too often illegal. ``world-model``: distinguishes, compresses and uses
-    the state as the network that was told it, as far as probes can say so (two of them at least), with no off-policy
-    gap. ``heuristic``: two or more of distinguishes, compresses, follows counterfactuals and holds off-policy are no
-    better than half way from the untrained network. ``undetermined``: fewer than two of these say anything. ``mixed``:
-    none of it.
+    ``not-learned``: too much of its probability is on illegal tokens. ``world-model``: distinguishes, compresses and
+    uses the state as the network that was told it, as far as probes can say so (two of them at least), with no
+    off-policy gap. ``heuristic``: two or more of distinguishes, compresses, follows counterfactuals and holds
+    off-policy are no better than half way from the untrained network. ``undetermined``: fewer than two of these say
+    anything. ``mixed``: none of it.
 
     Source: ours; thresholds in ``Thresholds``, calibrated as docs/world-models.md says.
     """
@@ -230,9 +230,9 @@ def _score(
 
 
 def _label(scores: Mapping[str, Score], readings: Mapping[str, Reading], asked: Thresholds) -> tuple[str, str]:
-    legal = readings["legal-actions"].number("top_legal") if "legal-actions" in readings else 1.0
+    legal = 1 - readings["legal-actions"].number("illegal_mass") if "legal-actions" in readings else 1.0
     if not legal >= asked.learned:
-        return "not-learned", f"its most probable token is legal at {legal:.1%} of positions, below {asked.learned:.0%}"
+        return "not-learned", f"it gives legal moves {legal:.1%} of its probability, less than {asked.learned:.0%}"
     of_state = {name: scores[name].value for name in OF_A_WORLD_MODEL if scores[name].known}
     of_play = {name: scores[name].value for name in OF_NO_HEURISTIC if scores[name].known}
     if len(of_state) < 2 and len(of_play) < 2:
@@ -243,6 +243,9 @@ def _label(scores: Mapping[str, Score], readings: Mapping[str, Reading], asked: 
         shown = ", ".join(f"{name} {value:.2f}" for name, value in of_state.items())
         return "world-model", f"{shown}: all at least {asked.high}, with an off-policy gap of {gap:.3f}"
     if len(low) >= 2:
-        return "heuristic", f"{', '.join(low)}: no more than {asked.low}, although it plays legally ({legal:.1%})"
+        return (
+            "heuristic",
+            f"{', '.join(low)}: no more than {asked.low}, although {legal:.1%} of its probability is on legal moves",
+        )
     shown = ", ".join(f"{name} {value:.2f}" for name, value in {**of_state, **of_play}.items())
     return "mixed", f"{shown}: neither all high nor two low"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing_extensions import TypeIs
 
 from circuits.tasks.base import from_table
 from circuits.tasks.games.base import Contest, Game, Games, Heuristic, Policy, Symmetry, agreement
@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 
-def is_game(task: object) -> TypeGuard[Game]:
+def is_game(task: object) -> TypeIs[Game]:
     """Return whether a task is a game; that it has the rest of the interface is not looked at."""
     return hasattr(type(task), "planted_heuristic")
 

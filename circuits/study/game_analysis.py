@@ -20,6 +20,8 @@ from circuits.worldmodels import Assessment, Reading
 READINGS = "readings.json"
 UNTRAINED, TOLD = "random-init", "state"
 """The objectives of the runs, one of each in every cell and seed, that scores stand between: 0 and 1."""
+PLANTED = "legal-set (planted-heuristic)"
+"""The objective of the run that plays by a rule of legality: probes that take it for the told one say nothing."""
 
 NUMBERS: dict[str, tuple[str, str]] = {
     "d_ib_same_legal": ("inductive-bias", "d_ib_same_legal"),
@@ -87,18 +89,18 @@ def assessments(runs: Sequence[Planned], analyses: Mapping[str, GameAnalysis]) -
     """
     controls: dict[tuple[str, int, str], dict[str, Reading]] = {}
     for run in runs:
-        if run.id in analyses and run.objective in (UNTRAINED, TOLD):
+        if run.id in analyses and run.objective in (UNTRAINED, TOLD, PLANTED):
             controls[run.cell, run.seed, run.objective] = analyses[run.id].readings
     found = {}
     for run in runs:
         if run.id not in analyses:
             continue
-        untrained, told = (controls.get((run.cell, run.seed, name)) for name in (UNTRAINED, TOLD))
+        untrained, told, planted = (controls.get((run.cell, run.seed, n)) for n in (UNTRAINED, TOLD, PLANTED))
         how = [
             f"0: {UNTRAINED}" if untrained else "0: a statistic of 0",
             f"1: {TOLD}" if told else "1: a statistic of 1",
         ]
-        found[run.id] = worldmodels.judge(analyses[run.id].readings, untrained, told, controls="; ".join(how))
+        found[run.id] = worldmodels.judge(analyses[run.id].readings, untrained, told, planted, controls="; ".join(how))
     return found
 
 

@@ -99,6 +99,7 @@ def assess(
     *,
     untrained: HookedModel | Mapping[str, Reading] | None = None,
     told: HookedModel | Mapping[str, Reading] | None = None,
+    planted: HookedModel | Mapping[str, Reading] | None = None,
     probes: Iterable[str] | None = None,
     policy: str | None = None,
     thresholds: Thresholds | None = None,
@@ -115,6 +116,8 @@ def assess(
             others 0 stands in.
         told: the control at 1: a model of the same shape trained by the objective ``state``, or what ``measure`` found
             of it; None: 1 stands in, the most that each statistic can be.
+        planted: a model that plays by the game's planted heuristic, or what ``measure`` found of it: a probe by which
+            it does as well as ``told`` is left out. None: none is.
         probes: names of ``PROBES``; None: those that the verdict reads.
         policy: who plays in training; None: uniform play.
         thresholds: what the label asks for; None: the defaults.
@@ -147,4 +150,6 @@ def assess(
 
     readings = found(model)
     assert readings is not None
-    return judge(readings, found(untrained), found(told), thresholds=thresholds, controls="; ".join(how))
+    return judge(
+        readings, found(untrained), found(told), found(planted), thresholds=thresholds, controls="; ".join(how)
+    )

@@ -53,7 +53,7 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Score:
-    """One score: 0 as the untrained control, 1 as the control that was told the state; NaN where these are alike."""
+    """One score: 0 as the untrained control, 1 as the one that was told the state; NaN where a probe tells nothing."""
 
     value: float
     low: float
@@ -183,6 +183,7 @@ def judge(
     readings: Mapping[str, Reading],
     untrained: Mapping[str, Reading] | None = None,
     told: Mapping[str, Reading] | None = None,
+    planted: Mapping[str, Reading] | None = None,
     *,
     thresholds: Thresholds | None = None,
     controls: str = "",
@@ -190,7 +191,9 @@ def judge(
     """Return scores and label of a network from its probes and those of its controls.
 
     A score is (x - untrained) / (told - untrained), cut to [0, 1]; without controls 0 and 1 stand in for theirs, and
-    for the inductive bias, whose ceiling is in the statistic, as well.
+    for the inductive bias, whose ceiling is in the statistic, as well. A score is unknown where the controls are alike,
+    and where a network that plays by a planted rule of legality does as well as the one that was told the state: there
+    the probe cannot tell what the verdict is about.
 
     ``not-learned``: too much of its probability is on illegal tokens. ``world-model``: distinguishes, compresses and
     uses the state as the network that was told it, as far as probes can say so (two of them at least), with no
@@ -201,7 +204,9 @@ def judge(
     Source: ours; thresholds in ``Thresholds``, calibrated as docs/world-models.md says.
     """
     asked = thresholds or Thresholds()
-    scores = {name: _score(readings, untrained, told, probe, key, asked) for name, (probe, key) in SCORES.items()}
+    scores = {
+        name: _score(readings, untrained, told, planted, probe, key, asked) for name, (probe, key) in SCORES.items()
+    }
     label, why = _label(scores, readings, asked)
     return Assessment(label, why, scores, dict(readings), asked, controls)
 
@@ -210,6 +215,7 @@ def _score(
     readings: Mapping[str, Reading],
     untrained: Mapping[str, Reading] | None,
     told: Mapping[str, Reading] | None,
+    planted: Mapping[str, Reading] | None,
     probe: str,
     key: str,
     asked: Thresholds,
@@ -220,7 +226,8 @@ def _score(
     low, high = readings[probe].interval
     bottom = 0.0 if untrained is None else untrained[probe].number(key)
     top = 1.0 if told is None else told[probe].number(key)
-    if not top - bottom >= asked.informative:
+    beside = bottom if planted is None else planted[probe].number(key)
+    if not top - bottom >= asked.informative or top - beside < asked.informative:
         return Score(NAN, NAN, NAN, raw, bottom, top)
 
     def scaled(x: float) -> float:

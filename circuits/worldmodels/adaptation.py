@@ -23,7 +23,7 @@ from circuits.worldmodels.prefixes import follow, sample_prefixes
 from circuits.worldmodels.reading import NAN, Curve, Reading
 
 EXAMPLES = (8, 32, 128)
-STEPS = 30
+STEPS = 20
 LEARNING_RATE = 1e-3
 TESTED = 150
 

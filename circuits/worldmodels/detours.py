@@ -15,7 +15,7 @@ from circuits.worldmodels.reading import Curve, Reading
 RATES = (0.0, 0.01, 0.1, 0.5, 0.75)
 KINDS = ("random", "second", "least-likely")
 REPORTED = 0.1
-GAMES = 80
+GAMES = 60
 
 
 def detours(

@@ -21,7 +21,7 @@ from circuits.worldmodels.reading import NAN, Curve, Reading
 DEPTH = 3
 EXPLAINED = 0.7
 """Share of a neuron's variance, on unseen prefixes, above which a rule is said to explain it."""
-NEURONS = 48
+NEURONS = 32
 """Neurons that rules are fitted to: those that vary most, over all layers."""
 PREFIXES = 2000
 LEAF = 20

@@ -289,7 +289,7 @@ def _reading(measured: list[tuple[Tensor, Examples]]) -> Reading:
     for name, scores in {"r_ib": r, "d_ib": d, "d_ib_same_legal": same, "d_ib_other_legal": other}.items():
         known = scores[scores.isfinite()]
         details[name] = float(known.mean())
-        details[f"{name}_error"] = float(known.std() / math.sqrt(max(1, len(known))))
+        details[f"{name}_error"] = float(known.std() / math.sqrt(len(known))) if len(known) > 1 else NAN
     return Reading(
         "inductive-bias",
         sum(values) / len(values) if values else NAN,

@@ -36,7 +36,7 @@ class GameBatch:
         return self.games.tokens
 
     @property
-    def targets(self) -> Int[Tensor, "n length-1"]:
+    def targets(self) -> Int[Tensor, "n moves"]:
         """The token that follows each position but the last."""
         return self.games.tokens[:, 1:]
 

@@ -1,12 +1,14 @@
-"""World-model probes over objectives: a heat map of scores, and curves by depth and by detours."""
+"""World-model probes over objectives: a heat map of scores, curves by depth and by detours, and edited boards."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
-from circuits._style import SEQUENTIAL, SERIES
+from circuits._style import BLUE, RED, SEQUENTIAL, SERIES
+from circuits.worldmodels import EditedBoard
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "hexagon")
 
@@ -66,6 +68,57 @@ def curves_figure(
     figure.update_layout(
         title=title, template="circuits", xaxis_title=x_title, yaxis={"title": y_title, "range": [-0.03, 1.03]}
     )
+    return figure
+
+
+def board_figure(board: EditedBoard, *, title: str) -> go.Figure:
+    """Return a state and what it was edited to, with the moves' probabilities before and after.
+
+    Bars of moves that are legal in the state above them are blue.
+
+    Args:
+        board: what an intervention kept of its clearest case.
+        title: the figure's title.
+    """
+    figure = make_subplots(
+        rows=2,
+        cols=2,
+        row_heights=[0.55, 0.45],
+        vertical_spacing=0.2,
+        subplot_titles=("state", "edited state", "moves before the edit", "moves after the edit"),
+    )
+    sides = ((board.picture, board.legal, board.before), (board.edited_picture, board.edited_legal, board.after))
+    shown = [i for i in range(len(board.tokens)) if any((board.legal[i], board.edited_legal[i], board.after[i] > 0.02))]
+    for column, (picture, legal, chances) in enumerate(sides, start=1):
+        cells = go.Heatmap(
+            z=[[int(bool(cell)) for cell in row] for row in picture],
+            text=[list(row) for row in picture],
+            texttemplate="%{text}",
+            textfont={"size": 20},
+            colorscale=[[0, "#dfe4ea"], [1, BLUE]],
+            zmin=0,
+            zmax=1,
+            showscale=False,
+            xgap=3,
+            ygap=3,
+            hoverinfo="text",
+        )
+        figure.add_trace(cells, row=1, col=column)
+        bars = go.Bar(
+            x=[board.tokens[i] for i in shown],
+            y=[chances[i] for i in shown],
+            marker={"color": [BLUE if legal[i] else RED for i in shown]},
+            showlegend=False,
+            hovertemplate="%{x}: %{y:.3f}<extra></extra>",
+        )
+        figure.add_trace(bars, row=2, col=column)
+        figure.update_xaxes(visible=False, row=1, col=column)
+        figure.update_yaxes(visible=False, autorange="reversed", scaleanchor=None, row=1, col=column)
+        figure.update_xaxes(title="move", type="category", row=2, col=column)
+        figure.update_yaxes(title="probability", range=[0, 1], row=2, col=column)
+    for name, colour in (("legal in the state above", BLUE), ("illegal", RED)):
+        figure.add_scatter(x=[None], y=[None], mode="markers", marker={"color": colour, "symbol": "square"}, name=name)
+    figure.update_layout(title=title, template="circuits")
     return figure
 
 

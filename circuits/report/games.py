@@ -10,7 +10,7 @@ import pandas as pd
 
 from circuits import worldmodels
 from circuits._io import to_json
-from circuits.plots import curves_figure, score_figure
+from circuits.plots import board_figure, curves_figure, score_figure
 from circuits.study.game_analysis import TOLD, UNTRAINED, GameAnalysis
 from circuits.study.study import Study
 from circuits.tasks.games import GAMES
@@ -103,7 +103,7 @@ def _section(
         "uninformative": sorted({name for run in informed for name in verdicts[run].uninformative}),
         "controls": sorted({verdicts[run].controls for run in informed}),
         "verdicts": [_verdict(row, verdicts[row["run_id"]]) for row in group.to_dict("records")],
-        "boards": _boards(recipes, analyses),
+        "boards": _boards(cell, recipes, analyses, figures),
         "figures": placed,
     }
 
@@ -166,11 +166,24 @@ def _verdict(row: Mapping[Any, Any], verdict: Assessment) -> dict[str, Any]:
     }
 
 
-def _boards(recipes: Mapping[str, Sequence[str]], analyses: Mapping[str, GameAnalysis]) -> list[dict[str, Any]]:
+def _boards(
+    cell: str, recipes: Mapping[str, Sequence[str]], analyses: Mapping[str, GameAnalysis], figures: Placing
+) -> list[dict[str, Any]]:
     """An intervention of the first seed of each recipe that has one, before and after."""
     found = []
     for recipe, runs in recipes.items():
-        board = analyses[runs[0]].readings["intervention"].board
-        if board:
-            found.append({"recipe": recipe, "rows": [(name, text) for name, text in board.items()]})
+        reading = analyses[runs[0]].readings["intervention"]
+        if reading.board is None:
+            continue
+        figure = board_figure(reading.board, title=f"An edited state: {recipe}")
+        found.append(
+            {
+                "recipe": recipe,
+                "success": f"{reading.value:.2f}",
+                "board": reading.board,
+                "figure": figures.add(
+                    figure, f"State and moves before and after an edit, {cell}, {recipe}", height=430
+                ),
+            }
+        )
     return found

@@ -14,7 +14,7 @@ from circuits.worldmodels.intervention import intervention
 from circuits.worldmodels.legal_actions import fan_out, legal_actions
 from circuits.worldmodels.myhill_nerode import Acceptance, myhill_nerode
 from circuits.worldmodels.next_state import latent_rollout, next_state
-from circuits.worldmodels.reading import Curve, Reading
+from circuits.worldmodels.reading import Curve, EditedBoard, Reading
 from circuits.worldmodels.state_probe import state_probe
 from circuits.worldmodels.symmetry import symmetry
 from circuits.worldmodels.verdict import LABELS, SCORES, VERSION, Assessment, Score, Thresholds, judge
@@ -27,6 +27,7 @@ __all__ = [
     "Acceptance",
     "Assessment",
     "Curve",
+    "EditedBoard",
     "Reading",
     "Score",
     "Thresholds",

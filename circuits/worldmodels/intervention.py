@@ -23,7 +23,7 @@ from circuits.worldmodels.activations import (
 )
 from circuits.worldmodels.linear_probe import LinearProbe, fit_probe, shuffled_labels
 from circuits.worldmodels.prefixes import Prefixes, sample_prefixes
-from circuits.worldmodels.reading import NAN, Curve, Reading
+from circuits.worldmodels.reading import NAN, Curve, EditedBoard, Reading
 from circuits.worldmodels.state_probe import probe_data
 
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -242,28 +242,23 @@ def _interchange(model: HookedModel, cases: Edits, probe: LinearProbe, layer: in
     return shares[0], shares[1]
 
 
-def _board(model: HookedModel, cases: Edits, layer: int, moved: Float[Tensor, "m d"]) -> dict[str, str]:
-    """The case whose moves the edit brings nearest to those of the edited state, in words."""
+def _board(model: HookedModel, cases: Edits, layer: int, moved: Float[Tensor, "m d"]) -> EditedBoard:
+    """The case whose moves the edit brings nearest to those of the edited state."""
     game = cases.prefixes.game
     before = edited_probabilities(model, cases, layer, torch.zeros(len(cases), 1))
     after = edited_probabilities(model, cases, layer, moved)
-    gain = set_errors(before, cases.legal) - set_errors(after, cases.legal)
-    best = int(gain.argmax())
+    best = int((set_errors(before, cases.legal) - set_errors(after, cases.legal)).argmax())
     prefix = cases.prefixes.take(torch.tensor([best]))
-
-    def likely(probabilities: Tensor) -> str:
-        order = probabilities.argsort(descending=True)[:6].tolist()
-        return ", ".join(f"{game.vocabulary[t]} {float(probabilities[t]):.2f}" for t in order)
-
-    def names(legal: Tensor) -> str:
-        return ", ".join(game.vocabulary[t] for t in legal.nonzero()[:, 0].tolist())
-
-    return {
-        "moves so far": " ".join(game.vocabulary[t] for t in prefix.tokens[0, : int(prefix.lengths[0])].tolist()),
-        "state": game.describe(prefix.states[0]),
-        "edited state": game.describe(game.state_of(cases.features[best : best + 1])[0]),
-        "legal": names(prefix.legal[0]),
-        "legal in the edited state": names(cases.legal[best]),
-        "model before the edit": likely(before[best]),
-        "model after the edit": likely(after[best]),
-    }
+    edited = game.state_of(cases.features[best : best + 1])[0]
+    return EditedBoard(
+        moves=" ".join(game.vocabulary[t] for t in prefix.tokens[0, : int(prefix.lengths[0])].tolist()),
+        state=game.describe(prefix.states[0]),
+        edited_state=game.describe(edited),
+        picture=game.picture(prefix.states[0]),
+        edited_picture=game.picture(edited),
+        tokens=game.vocabulary,
+        legal=tuple(prefix.legal[0].tolist()),
+        edited_legal=tuple(cases.legal[best].tolist()),
+        before=tuple(before[best].tolist()),
+        after=tuple(after[best].tolist()),
+    )

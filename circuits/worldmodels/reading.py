@@ -24,6 +24,35 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class EditedBoard:
+    """A state before and after an intervention, for people to look at.
+
+    Attributes:
+        moves: the moves that led there.
+        state: the state in words.
+        edited_state: the state that it was edited to, in words.
+        picture: the state as rows of cells.
+        edited_picture: the edited state as rows of cells.
+        tokens: the tokens of the game.
+        legal: which of them are legal.
+        edited_legal: which of them are legal in the edited state.
+        before: the network's probabilities of them.
+        after: the same after the edit.
+    """
+
+    moves: str
+    state: str
+    edited_state: str
+    picture: tuple[tuple[str, ...], ...]
+    edited_picture: tuple[tuple[str, ...], ...]
+    tokens: tuple[str, ...]
+    legal: tuple[bool, ...]
+    edited_legal: tuple[bool, ...]
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Reading:
     """One probe's outcome on one model.
 
@@ -34,7 +63,7 @@ class Reading:
         details: other numbers by name.
         controls: the same statistic where it should be low, or as high as can be, by name.
         curves: measurements at several settings, by name.
-        board: a state before and after an intervention in words, for people to look at.
+        board: a state before and after an intervention.
         source: where the definition is from.
     """
 
@@ -44,7 +73,7 @@ class Reading:
     details: Mapping[str, float] = field(default_factory=dict)
     controls: Mapping[str, float] = field(default_factory=dict)
     curves: Mapping[str, Curve] = field(default_factory=dict)
-    board: Mapping[str, str] = field(default_factory=dict)
+    board: EditedBoard | None = None
     source: str = ""
 
     def number(self, name: str) -> float:

@@ -72,6 +72,7 @@ def state_probe(model: HookedModel, game: Game, *, n: int = SEQUENCES, seed: int
             "accuracy": float(right[best].float().mean()),
             "whole_state": float(right[best].all(1).float().mean()),
             "balanced": balanced_accuracy(right[best], test.features),
+            "selectivity over random labels": float(per_prefix.mean()) - _mean(by_heart, changed),
             "layer": float(best),
             **{f"feature {name}": float(right[best][:, i].float().mean()) for i, name in enumerate(game.feature_names)},
         },

@@ -220,6 +220,10 @@ class Game(Hashable, Protocol):
         """The states that are kept from training; None where there are none."""
         ...
 
+    def picture(self, state: Int[Tensor, " d_state"]) -> tuple[tuple[str, ...], ...]:
+        """One state as rows of cells, each with what stands on it, from the top; for people to look at."""
+        ...
+
     def symmetries(self) -> tuple[Symmetry, ...]:
         """Every symmetry of the rules, the identity first."""
         ...

@@ -137,11 +137,16 @@ class Bitboard:
 
     def draw(self, state: Int[Tensor, " 3"], *, last_row_first: bool = False) -> str:
         """A position as text, with X for the player who began; rows are parted by a slash."""
+        lines = ["".join(cell or "." for cell in row) for row in self.picture(state, last_row_first=last_row_first)]
+        return f"{'/'.join(lines)} {'XO'[int(state[2])]} to move"
+
+    def picture(self, state: Int[Tensor, " 3"], *, last_row_first: bool) -> tuple[tuple[str, ...], ...]:
+        """A position as rows of cells, with X for the player who began."""
         own, other = (self.cells(state[None, side])[0].tolist() for side in (0, 1))
         marks = "XO" if int(state[2]) == 0 else "OX"
-        cells = [marks[0] if mine else marks[1] if theirs else "." for mine, theirs in zip(own, other, strict=True)]
-        lines = ["".join(cells[row * self.columns : (row + 1) * self.columns]) for row in range(self.rows)]
-        return f"{'/'.join(lines[::-1] if last_row_first else lines)} {marks[0]} to move"
+        cells = [marks[0] if mine else marks[1] if theirs else "" for mine, theirs in zip(own, other, strict=True)]
+        rows = [tuple(cells[row * self.columns : (row + 1) * self.columns]) for row in range(self.rows)]
+        return tuple(rows[::-1] if last_row_first else rows)
 
 
 def square_images(size: int) -> dict[str, Int[Tensor, " n_cells"]]:

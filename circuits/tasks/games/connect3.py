@@ -130,6 +130,10 @@ class Connect3(SolvedContest):
         """The board, top row first."""
         return self.board.draw(state, last_row_first=True)
 
+    def picture(self, state: Int[Tensor, " 3"]) -> tuple[tuple[str, ...], ...]:
+        """The board, top row first, X for the player who began."""
+        return self.board.picture(state, last_row_first=True)
+
     def symmetries(self) -> tuple[Symmetry, ...]:
         """The identity and the mirror image."""
         mirror = torch.arange(self.board.n_cells).view(self.rows, self.columns).flip(1).flatten()

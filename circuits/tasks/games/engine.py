@@ -129,6 +129,10 @@ class Engine(ABC):
         """One state as a person reads it."""
 
     @abstractmethod
+    def picture(self, state: Int[Tensor, " d_state"]) -> tuple[tuple[str, ...], ...]:
+        """One state as rows of cells, each with what stands on it, from the top; for people to look at."""
+
+    @abstractmethod
     def symmetries(self) -> tuple[Symmetry, ...]:
         """Every symmetry of the rules, the identity first."""
 

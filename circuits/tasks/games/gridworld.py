@@ -202,6 +202,13 @@ class Gridworld(Engine):
         position, goal = ((*self.moves[len(DIRECTIONS) :], "none")[cell] for cell in state.tolist())
         return f"at {position}, goal {goal}"
 
+    def picture(self, state: Int[Tensor, " 2"]) -> tuple[tuple[str, ...], ...]:
+        """The cells, with the walker and the goal on them."""
+        position, goal = state.tolist()
+        marks = {goal: "◎", position: "●"}
+        cells = [marks.get(cell, "") for cell in range(self.n_cells)]
+        return tuple(tuple(cells[row * self.size : (row + 1) * self.size]) for row in range(self.size))
+
     def symmetries(self) -> tuple[Symmetry, ...]:
         """Those of the eight of the square under which the walls stay as they are, the identity first."""
         found = []

@@ -149,6 +149,10 @@ class GroupWord(Engine):
         """The element as a permutation."""
         return f"product {''.join(map(str, self.elements[int(state[0])]))}"
 
+    def picture(self, state: Int[Tensor, " 1"]) -> tuple[tuple[str, ...], ...]:
+        """What the product makes of 0, 1, ..."""
+        return (tuple(map(str, self.elements[int(state[0])])),)
+
     def symmetries(self) -> tuple[Symmetry, ...]:
         """Conjugations by permutations that keep the set of tokens, then products from the left with an element.
 

@@ -108,6 +108,10 @@ class Lattice(Engine):
         """The position in words."""
         return f"position {int(state[0])} of 0 to {self.size - 1}"
 
+    def picture(self, state: Int[Tensor, " 1"]) -> tuple[tuple[str, ...], ...]:
+        """The line, with the walker on it."""
+        return (tuple("●" if place == int(state[0]) else "" for place in range(self.size)),)
+
     def symmetries(self) -> tuple[Symmetry, ...]:
         """The identity, and the reflection that exchanges the walls, which does not keep the start."""
         return (

@@ -182,6 +182,11 @@ class Nim(Engine):
         *heaps, player = state.tolist()
         return f"heaps {'-'.join(map(str, heaps))}, player {player} to move"
 
+    def picture(self, state: Int[Tensor, " d_state"]) -> tuple[tuple[str, ...], ...]:
+        """A row for each heap, a mark for each stone that is left."""
+        widest = max(self.heaps)
+        return tuple(tuple("●" if stone < left else "" for stone in range(widest)) for left in state[:-1].tolist())
+
     def symmetries(self) -> tuple[Symmetry, ...]:
         """Every exchange of heaps that began with as many stones, the identity first."""
         orders = itertools.permutations(range(len(self.heaps)))

@@ -174,6 +174,10 @@ class Othello(SolvedContest):
         """The board, row by row."""
         return self.board.draw(state)
 
+    def picture(self, state: Int[Tensor, " 3"]) -> tuple[tuple[str, ...], ...]:
+        """The board, X for the player who began."""
+        return self.board.picture(state, last_row_first=False)
+
     def symmetries(self) -> tuple[Symmetry, ...]:
         """The eight of the square, alone and with the players exchanged; four of them keep the start."""
         return tuple(

@@ -4,7 +4,8 @@
 
 Ours gives tokens, states and sets of legal tokens; OpenSpiel, from Python, gives the moves. CPU time of one thread
 (``process_time``); the two take turns, and the ratio is the median of each turn's. Then what listing every state of
-a game costs, and the peak memory of the process so far. Without OpenSpiel only ours is timed.
+a game costs, what its Myhill-Nerode classes and the boundaries of 200 pairs of states cost, and the peak memory of the
+process so far. Without OpenSpiel only ours is timed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from circuits.tasks.games import Connect3, Gridworld, Lattice, Nim, Othello
 from circuits.tasks.games.automaton import automaton
 from circuits.tasks.games.engine import Engine
+from circuits.worldmodels import boundary, minimal_classes
 
 CASES: tuple[tuple[Engine, str | None, dict[str, object]], ...] = (
     (Connect3(), "connect_four", {"rows": 4, "columns": 4, "x_in_row": 3}),
@@ -34,6 +36,10 @@ CASES: tuple[tuple[Engine, str | None, dict[str, object]], ...] = (
     (Lattice(), None, {}),
     (Gridworld(), None, {}),
 )
+
+
+DEPTH = 5
+"""Tokens of the longest continuation that tells two states apart."""
 
 
 def per_second(play: Callable[[], int]) -> float:
@@ -75,6 +81,13 @@ def measure(case: tuple[Engine, str | None, dict[str, object]], batch: int, repe
         automaton.cache_clear()
         start = time.process_time()
         row["states"], row["listing_seconds"] = len(automaton(game)), time.process_time() - start
+        minimal_classes.cache_clear()
+        start = time.process_time()
+        row["classes"], row["classes_seconds"] = int(minimal_classes(game).max()) + 1, time.process_time() - start
+        pairs = torch.randint(len(automaton(game)), (200, 2), generator=torch.Generator().manual_seed(0)).tolist()
+        start = time.process_time()
+        row["boundary"] = sum(len(boundary(game, first, second, DEPTH)[1]) for first, second in pairs)
+        row["boundary_seconds"] = time.process_time() - start
     return row
 
 
@@ -91,14 +104,20 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"rows": rows, "peak_mib": peak}))
         return
-    print(f"{'game':44}{'games/s':>12}{'OpenSpiel':>12}{'ratio':>8}{'states':>9}{'listed in':>11}")
+    heads = f"{'states':>9}{'listed in':>11}{'classes':>9}{'in':>9}{'boundaries in':>15}"
+    print(f"{'game':44}{'games/s':>12}{'OpenSpiel':>12}{'ratio':>8}{heads}")
     for row in rows:
         other, ratio = (
             f"{row[key]:.{digits}f}" if key in row else "-" for key, digits in (("open_spiel", 0), ("ratio", 1))
         )
         states = row.get("states", "-")
         listed = f"{row['listing_seconds']:.2f} s" if "listing_seconds" in row else "-"
-        print(f"{row['game']:44}{row['games_per_second']:12.0f}{other:>12}{ratio:>8}{states:>9}{listed:>11}")
+        classes = row.get("classes", "-")
+        found, told = (f"{row[k]:.2f} s" if k in row else "-" for k in ("classes_seconds", "boundary_seconds"))
+        print(
+            f"{row['game']:44}{row['games_per_second']:12.0f}{other:>12}{ratio:>8}{states:>9}{listed:>11}"
+            f"{classes:>9}{found:>9}{told:>15}"
+        )
     print(f"peak memory of the process: {peak:.0f} MiB")
 
 

@@ -66,7 +66,13 @@ def curves_figure(
         line = {"color": SERIES[number % len(SERIES)], "dash": ("solid", "dot")[number // len(SERIES) % 2]}
         figure.add_scatter(x=list(x), y=list(y), mode="lines+markers", name=name, line=line, marker=marker)
     figure.update_layout(
-        title=title, template="circuits", xaxis_title=x_title, yaxis={"title": y_title, "range": [-0.03, 1.03]}
+        title=title,
+        template="circuits",
+        xaxis_title=x_title,
+        yaxis={"title": y_title, "range": [-0.03, 1.03]},
+        # below the title of the axis, which the rows of a long legend would cover
+        legend={"orientation": "h", "yanchor": "top", "y": -0.28},
+        margin={"b": 40},
     )
     return figure
 

@@ -87,9 +87,7 @@ def build(study: Study) -> dict[str, Any]:
     by_cell = [{"cell": c, "sections": [s for s in sections if s["cell"] == c]} for c in columns if c not in of_games]
     world_models = games.world_models(study, table, figures)
     meanings = (MEANINGS if by_cell else {}) | (games.MEANINGS if of_games else {})
-    meanings |= {
-        label: MEANINGS[label] for label in ("mixed", "undetermined", "not-learned") if of_games and not by_cell
-    }
+    meanings |= {} if by_cell else games.SHARED
     counts = Counter(done["label"])
     return {
         "title": study.spec.title,

@@ -23,6 +23,12 @@ MEANINGS = {
     "off-policy are no better than half way from an untrained network to one that was told the state.",
 }
 """What ``worldmodels.judge`` asks for before it gives a label that other tasks have not."""
+SHARED = {
+    "mixed": "It plays legally, and its scores are neither all high nor low in two.",
+    "undetermined": "It plays legally, and fewer than two of its probes tell their controls apart on this game.",
+    "not-learned": "Too much of its probability is on illegal moves.",
+}
+"""The same for labels that other tasks have too."""
 
 HEADLINE = {
     "d_ib_same_legal": "D-IB, same legal moves",

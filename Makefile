@@ -49,7 +49,7 @@ $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(TESTS): $(RUNTIME)
-	$(INSTALL) --editable '.[test]'
+	$(INSTALL) --editable '.[test,games-test]'
 	@touch $@
 
 $(DOCS): $(RUNTIME)

@@ -66,3 +66,29 @@ def knows_state(game: Game) -> Oracle:
 def knows_legality(game: Game) -> Oracle:
     """A network that holds the set of legal tokens and nothing else."""
     return Oracle(game, automaton(game).legal.unique(dim=0, return_inverse=True)[1])
+
+
+class NeuronOracle(Oracle):
+    """The same with the state in the neurons of an MLP, one neuron for each."""
+
+    def __init__(self, game: Game, codes: Int[Tensor, " n_states"]) -> None:
+        super().__init__(game, codes)
+        self.cfg.attn_only = False
+        block = self.blocks[0]
+        block.mlp = nn.Module()
+        block.mlp.hook_post = HookPoint()
+        self.setup()
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+        rows = torch.zeros(len(tokens), dtype=torch.int64)
+        seen = []
+        for token in tokens.unbind(1):
+            rows = self.successors[rows.clamp_min(0), token]
+            seen.append(rows.clamp_min(0))
+        neurons = torch.nn.functional.one_hot(self.codes[torch.stack(seen, 1)], self.cfg.d_model).float()
+        return self.blocks[0](self.blocks[0].mlp.hook_post(neurons)) @ self.W_U
+
+
+def knows_state_by_neurons(game: Game) -> NeuronOracle:
+    """A network whose neurons are the states."""
+    return NeuronOracle(game, torch.arange(len(automaton(game))))

@@ -73,8 +73,10 @@ def test_the_overlap_of_states_is_that_of_the_positions_that_count() -> None:
     assert (found.train, found.test, found.shared) == (len(own), len(other), len(own & other))
     assert NIM.held is not None
     assert not ({tuple(s) for s in NIM.held.states.tolist()} & own)
-    metrics = training.accuracies(small(NIM), NIM)
-    assert metrics["state_overlap"] == found.share
+    # training goes on: what it can reach around the held-out states is more than these sequences show
+    overlap = training.accuracies(small(NIM), NIM)["state_overlap"]
+    assert found.share - 1e-6 <= overlap < 1
+    assert training.accuracies(small(LATTICE), LATTICE)["state_overlap"] == 1
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -163,6 +165,10 @@ def test_all_moves_have_more_labels_than_the_one_taken() -> None:
         assert isinstance(head, ActionHead)
         labels.append(objective.loss(model, NIM, batch, generator=generator(), head=head).metrics["labels"])
     assert labels[1] > 2 * labels[0]
+    some = Simulate("all", share=0.25)
+    head = some.head(NIM, 16, generator=generator())
+    loss = some.loss(model, NIM, batch, generator=generator(), head=head)
+    assert 0.1 < loss.metrics["labels"] / labels[1] < 0.4
 
 
 def test_the_value_is_who_wins_in_the_end() -> None:
@@ -173,7 +179,10 @@ def test_the_value_is_who_wins_in_the_end() -> None:
     _, cache = model.run_with_cache(batch.inputs, names_filter=["blocks.1.hook_resid_post"])
     logits = head(cache["blocks.1.hook_resid_post"])
     wins = NIM.winner(batch.games.final_states)
-    terms = [F.cross_entropy(logits[n, t], wins[n]) for n, t in batch.scored.nonzero().tolist()]
+    assert NIM.held is not None
+    around = ~NIM.held.visits(batch.games).any(1)
+    terms = [F.cross_entropy(logits[n, t], wins[n]) for n, t in batch.scored.nonzero().tolist() if around[n]]
+    assert 0 < len(terms) < int(batch.scored.sum())
     loss = objective.loss(model, NIM, batch, generator=generator(), head=head).value
     assert loss.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
     assert objective.head(tasks.get("modular-addition", p=7), 16, generator=generator()) is None

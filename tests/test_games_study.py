@@ -54,8 +54,9 @@ def test_every_run_has_a_row_with_a_column_for_every_probe(study: Study) -> None
     assert wanted | {column(name) for name in worldmodels.PROBES} <= set(table.columns)
     assert not {"spectral", "slice-transfer"} & set(table.columns), "tests are of other tasks"
     rows = {row["objective"]: row for row in table.to_dict("records")}
-    assert rows[TOLD]["label"] == "world-model" and rows[UNTRAINED]["label"] == "not-learned"
-    assert rows[TOLD]["d_ib_same_legal"] > rows[UNTRAINED]["r_ib"]
+    assert rows[UNTRAINED]["label"] == "not-learned"
+    assert rows[TOLD]["inductive_bias"] > rows[UNTRAINED]["inductive_bias"] + 0.5
+    assert rows[TOLD]["state_probe"] > 0.95 > rows[UNTRAINED]["state_probe"] + 0.2
     for score in worldmodels.SCORES:
         known = [rows[name][f"score_{column(score)}"] for name in (UNTRAINED, TOLD)]
         assert known == [0, 1] or all(value != value for value in known)
@@ -74,7 +75,7 @@ def test_numbers_are_those_of_the_readings(study: Study) -> None:
     told = next(planned for planned in study.plan if planned.objective == TOLD)
     # without its controls a run stands between 0 and 1
     alone = assessments([told], analyses)[told.id]
-    assert alone.controls.startswith("0: a statistic of 0; 1: state")
+    assert alone.controls.startswith("0: a statistic of 0; 1: state, 1 seeds")
 
 
 def test_a_second_start_does_nothing_and_a_damaged_analysis_is_refused(study: Study, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from circuits.errors import BadInput
-from circuits.objectives.base import Loss, check_is_game
-from circuits.tasks.games import Game, GameBatch
+from circuits.objectives.base import Loss, check_is_game, remember
+from circuits.tasks.games import Game, GameBatch, Heuristic
 
 if TYPE_CHECKING:
     from circuits.model import HookedModel
@@ -18,13 +18,19 @@ if TYPE_CHECKING:
 LABELS = ("rules", "planted-heuristic")
 
 
+@remember
+def _planted(game: Game) -> Heuristic:
+    """The game's heuristic, kept because it may have tables of its own."""
+    return game.planted_heuristic()
+
+
 @dataclass(frozen=True)
 class LegalSet:
     """Cross-entropy to the uniform distribution over all legal tokens, at every position.
 
     What next-token training on uniform play comes to in the limit, without the noise of the move that was drawn. With
-    the labels of the game's planted heuristic in place of the rules it distils that heuristic into a network: a model
-    that is known to play without the state.
+    the labels of the game's planted heuristic in place of the rules it distils that heuristic into a network, as far
+    as it goes (``agreement`` is logged): a model that plays by a rule of legality, whatever else it may hold.
 
     Attributes:
         labels: ``rules``, or ``planted-heuristic``: the tokens that the game's legality-only rule takes for legal.
@@ -56,7 +62,7 @@ class LegalSet:
         """
         legal = batch.legal
         if self.labels == "planted-heuristic":
-            legal = task.planted_heuristic()(batch.inputs)[:, 1:]
+            legal = _planted(task)(batch.inputs)[:, 1:]
         targets = legal[batch.scored].float()
         logits = model(batch.inputs)[batch.scored][:, : targets.shape[1]]
         sizes = targets.sum(1, keepdim=True).clamp_min(1)

@@ -15,8 +15,14 @@ if TYPE_CHECKING:
 
 
 def outcome_loss(model: HookedModel, game: Game, batch: GameBatch, head: LinearHead) -> Loss:
-    """Return the mean cross-entropy of the sequence's outcome over the positions that count."""
-    outcomes = game.outcome(batch.games.final_states)[:, None].expand_as(batch.scored)[batch.scored]
-    logits = head(logits_and_residual(model, batch.inputs)[1][batch.scored])
+    """Return the mean cross-entropy of the outcome, at positions that count of sequences without a held-out state."""
+    counts = batch.scored
+    if game.held is not None:
+        # what comes of a sequence through a held-out state is known from behind it
+        counts = counts & ~game.held.visits(batch.games).any(1, keepdim=True)
+    outcomes = game.outcome(batch.games.final_states)[:, None].expand_as(counts)[counts]
+    logits = head(logits_and_residual(model, batch.inputs)[1][counts])
+    if not len(outcomes):
+        return Loss(logits.sum(), {"labels": 0.0, "head_accuracy": 0.0})
     right = (logits.detach().argmax(1) == outcomes).float().mean()
     return Loss(F.cross_entropy(logits, outcomes), {"labels": float(len(outcomes)), "head_accuracy": right})

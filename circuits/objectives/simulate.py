@@ -36,6 +36,8 @@ class Simulate:
     Attributes:
         actions: ``taken`` or ``all``.
         next_token: weight of the next tokens' cross-entropy.
+        share: of the positions that have labels, drawn anew for each batch: all moves at a share of the positions can
+            have as many labels as the move taken at all of them.
 
     Source: Xing et al. 2025 (arXiv 2507.05169), s' ~ p(s' | s, a) over all actionable possibilities; that it be trained
         this way, with illegal moves told apart, is ours.
@@ -45,11 +47,13 @@ class Simulate:
 
     actions: str = "all"
     next_token: float = 1.0
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.actions not in ACTIONS:
             raise BadInput(f"actions = {self.actions!r}: expected one of {', '.join(ACTIONS)}")
         check_number("next_token", self.next_token, 0)
+        check_number("share", self.share, 0, 1, above=True)
 
     def check(self, task: Game) -> None:
         """Return nothing.
@@ -72,13 +76,17 @@ class Simulate:
         """
         logits, resid = logits_and_residual(model, batch.inputs)
         beside = self.next_token * next_token_loss(logits, batch) if self.next_token else 0.0
+        scored = batch.scored
+        if self.share < 1:
+            drawn = torch.rand(scored.shape, generator=generator, device=scored.device)
+            scored = scored & (drawn < self.share)
         if self.actions == "taken":
-            counts = batch.scored[:, :-1]
+            counts = scored[:, :-1]
             tokens = batch.targets[counts][:, None]
             resid, states = resid[:, :-1][counts], batch.states[:, :-1][counts]
             legal = torch.ones_like(tokens, dtype=torch.bool)
         else:
-            resid, states, legal = resid[batch.scored], batch.states[batch.scored], batch.legal[batch.scored]
+            resid, states, legal = resid[scored], batch.states[scored], batch.legal[scored]
             tokens = torch.arange(task.d_vocab, device=resid.device).expand(len(resid), -1)
         rows, columns, features = next_features(task, states, tokens, legal)
         hidden = head.hidden(resid, tokens)

@@ -65,11 +65,12 @@ def curves_figure(
         marker = {"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 8}
         line = {"color": SERIES[number % len(SERIES)], "dash": ("solid", "dot")[number // len(SERIES) % 2]}
         figure.add_scatter(x=list(x), y=list(y), mode="lines+markers", name=name, line=line, marker=marker)
+    lowest = min((value for _, y in curves.values() for value in y), default=0.0)
     figure.update_layout(
         title=title,
         template="circuits",
         xaxis_title=x_title,
-        yaxis={"title": y_title, "range": [-0.03, 1.03]},
+        yaxis={"title": y_title, "range": [min(-0.03, lowest - 0.05), 1.03]},
         # below the title of the axis, which the rows of a long legend would cover
         legend={"orientation": "h", "yanchor": "top", "y": -0.28},
         margin={"b": 40},

@@ -31,6 +31,7 @@ SHARED = {
 """The same for labels that other tasks have too."""
 
 HEADLINE = {
+    "inductive_bias": "Extrapolates by the state",
     "d_ib_same_legal": "D-IB, same legal moves",
     "d_ib_other_legal": "D-IB, other legal moves",
     "r_ib": "R-IB",
@@ -147,7 +148,7 @@ def _titles(analyses: Mapping[str, GameAnalysis], group: pd.DataFrame, probe: st
 
 
 def _headline(recipe: str, group: pd.DataFrame) -> dict[str, Any]:
-    """A row of the headline table: the mean over seeds of each number, with the lowest and highest."""
+    """A row of the headline table: the mean over seeds of each number, with its standard error."""
     numbers = []
     for name in HEADLINE:
         values = group[name].dropna()
@@ -156,7 +157,8 @@ def _headline(recipe: str, group: pd.DataFrame) -> dict[str, Any]:
         elif name == "labels":
             numbers.append(f"{values.mean():,.0f}")
         else:
-            numbers.append(f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})")
+            error = f" ± {values.std() / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+            numbers.append(f"{values.mean():.3f}{error}")
     role = {UNTRAINED: "control at 0", TOLD: "control at 1"}.get(str(group["objective"].iloc[0]), "")
     return {"recipe": recipe, "role": role, "numbers": numbers}
 

@@ -20,6 +20,7 @@ PRESETS: dict[str, Path] = {
     "range-codes": _FOLDER / "range-codes.toml",
     "games": _FOLDER / "games.toml",
     "games-smoke": _FOLDER / "games-smoke.toml",
+    "players": _FOLDER / "players.toml",
     "smoke": _FOLDER / "smoke.toml",
 }
 

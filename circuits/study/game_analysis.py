@@ -19,7 +19,7 @@ from circuits.worldmodels import Assessment, Reading
 
 READINGS = "readings.json"
 UNTRAINED, TOLD = "random-init", "state"
-"""The objectives of the runs, one of each in every cell and seed, that scores stand between: 0 and 1."""
+"""The objectives of the runs, of each cell, that scores stand between: 0 and 1."""
 PLANTED = "legal-set (planted-heuristic)"
 """The objective of the run that plays by a rule of legality: probes that take it for the told one say nothing."""
 
@@ -47,6 +47,7 @@ GAME_COLUMNS = (
     *(f"{end}{column(score)}" for score in worldmodels.SCORES for end in ("score_",)),
     "labels",
     "state_overlap",
+    "exact_legal_set_unseen",
 )
 """Columns that runs on games have, all of them numbers."""
 
@@ -83,25 +84,31 @@ def analyse_game(run: Run, game: Game, folder: Path) -> None:
 
 
 def assessments(runs: Sequence[Planned], analyses: Mapping[str, GameAnalysis]) -> dict[str, Assessment]:
-    """Return the verdict on each run that is analysed, by its id, between the controls of its cell and seed.
+    """Return the verdict on each run that is analysed, by its id, between the controls of its cell over all seeds.
 
     A control that is not there, yet or at all, is replaced by what ``worldmodels.judge`` takes for it.
     """
-    controls: dict[tuple[str, int, str], dict[str, Reading]] = {}
-    for run in runs:
-        if run.id in analyses and run.objective in (UNTRAINED, TOLD, PLANTED):
-            controls[run.cell, run.seed, run.objective] = analyses[run.id].readings
     found = {}
     for run in runs:
         if run.id not in analyses:
             continue
-        untrained, told, planted = (controls.get((run.cell, run.seed, n)) for n in (UNTRAINED, TOLD, PLANTED))
+        untrained, told, planted = (_controls(run, name, runs, analyses) for name in (UNTRAINED, TOLD, PLANTED))
         how = [
-            f"0: {UNTRAINED}" if untrained else "0: a statistic of 0",
-            f"1: {TOLD}" if told else "1: a statistic of 1",
+            f"0: {UNTRAINED}, {len(untrained)} seeds" if untrained else "0: a statistic of 0",
+            f"1: {TOLD}, {len(told)} seeds" if told else "1: a statistic of 1",
+            *([f"told from {PLANTED}, {len(planted)} seeds"] if planted else []),
         ]
         found[run.id] = worldmodels.judge(analyses[run.id].readings, untrained, told, planted, controls="; ".join(how))
     return found
+
+
+def _controls(
+    run: Planned, objective: str, runs: Sequence[Planned], analyses: Mapping[str, GameAnalysis]
+) -> list[dict[str, Reading]]:
+    """What is known of a control in the cell of a run, by seed; a control is held to the others of its kind."""
+    same = [other for other in runs if other.cell == run.cell and other.objective == objective and other.id in analyses]
+    others = [other for other in same if other.id != run.id]
+    return [analyses[other.id].readings for other in others or same]
 
 
 def game_columns(analysis: GameAnalysis, verdict: Assessment) -> dict[str, Any]:
@@ -114,6 +121,7 @@ def game_columns(analysis: GameAnalysis, verdict: Assessment) -> dict[str, Any]:
     numbers |= {f"score_{column(name)}": score.value for name, score in verdict.scores.items()}
     numbers["state_overlap"] = training["state_overlap"][-1]
     numbers["labels"] = _labels(training)
+    numbers["exact_legal_set_unseen"] = training["exact_legal_set"][-1]
     # NaN is what a probe could not measure, and NA in the table
     return row | {name: value for name, value in numbers.items() if value == value}
 

@@ -9,7 +9,12 @@ from torch import Tensor
 from circuits.model import Transformer
 from circuits.objectives.base import answer_logits, has_one_token_answers, remember
 from circuits.tasks.base import SPLITS, Batch, Role, Task
-from circuits.tasks.games import Game, evaluation_batch, is_game, overlap
+from circuits.tasks.games import Game, evaluation_batch, is_game, overlap, training_batch
+from circuits.tasks.games.automaton import automaton, reached_without
+
+MANY = 64
+"""Sequences of a batch, of 64 that are played together, that stand for all of training where states cannot be
+listed."""
 
 
 @remember
@@ -88,4 +93,17 @@ def game_accuracies(model: Transformer, game: Game, *, policy: str) -> dict[str,
 
 @remember
 def _overlap(game: Game, policy: str) -> float:
-    return overlap(*(evaluation_batch(game, policy, unseen=unseen) for unseen in (False, True))).share
+    """Share of the different states at unseen positions that a position in training can have too.
+
+    Where states can be listed, those are all that play can reach without a held-out one; else those of some sequences.
+    """
+    unseen = evaluation_batch(game, policy, unseen=True)
+    states = unseen.states[unseen.scored].unique(dim=0)
+    if game.held is None:
+        return 1.0
+    if game.n_states is None:
+        seen = training_batch(game, policy, MANY, seed=0, step=0)
+        return overlap(seen, unseen).share
+    table = automaton(game)
+    trained = reached_without(table, game.held.contains(table.states))
+    return float(trained[table.rows(game.state_id(states))].float().mean()) if len(states) else 0.0

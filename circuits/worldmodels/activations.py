@@ -129,6 +129,13 @@ def total_variation(
     return (first - second).abs().sum(-1) / 2
 
 
+def interval_by_sequence(values: Float[Tensor, " m"], rows: Int[Tensor, " m"]) -> tuple[float, float]:
+    """Return the bootstrap interval of a mean over prefixes, by whole sequences, which alone are independent."""
+    sequences, where = rows.unique(return_inverse=True)
+    sums = torch.zeros(len(sequences), dtype=torch.float64).index_add_(0, where, values.double())
+    return mean_interval((sums / torch.bincount(where)).tolist())
+
+
 def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """Return the bootstrap interval of a mean, NaN where there are no values."""
     return bootstrap_interval(values, seed=seed, resamples=1000) if len(values) else (NAN, NAN)

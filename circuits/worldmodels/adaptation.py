@@ -15,7 +15,7 @@ from circuits.worldmodels.activations import (
     check_fits,
     device_of,
     exact_sets,
-    mean_interval,
+    interval_by_sequence,
     next_probabilities,
     uniform_over,
 )
@@ -78,7 +78,7 @@ def adaptation(
     return Reading(
         "adaptation",
         value,
-        mean_interval(torch.stack(hits[1:]).mean(0).tolist()),
+        interval_by_sequence(torch.stack(hits[1:]).mean(0), where.row),
         details={"before": scores[0], "positions": float(len(where))},
         curves={"exact sets": Curve("sequences by the new rules", "exact sets (share)", (0, *examples), tuple(scores))},
         source="arXiv 2507.06952",

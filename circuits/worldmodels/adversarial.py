@@ -99,7 +99,8 @@ def illegal_moves(
         states = reached[own]
         tokens = torch.cat((tokens, token[:, None]), 1)
         illegal = ~game.legal(states).gather(1, probabilities[own].argmax(1, keepdim=True))[:, 0]
-        seen.append(torch.where(over | game.terminal(states), torch.nan, illegal.float()))
+        # Whether the end of a game is noticed is asked once; what comes after it is not.
+        seen.append(torch.where(over, torch.nan, illegal.float()))
     return torch.stack(seen[free_moves(game) - 1 :], 1)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from circuits.errors import UnknownName, UnsupportedModel
 from circuits.model import HookedModel, Transformer
@@ -18,7 +19,7 @@ from circuits.worldmodels.intervention import intervention
 from circuits.worldmodels.legal_actions import fan_out, legal_actions
 from circuits.worldmodels.myhill_nerode import myhill_nerode
 from circuits.worldmodels.next_state import latent_rollout, next_state
-from circuits.worldmodels.reading import NAN, Reading
+from circuits.worldmodels.reading import NAN, NothingToMeasure, Reading
 from circuits.worldmodels.state_probe import state_probe
 from circuits.worldmodels.symmetry import symmetry
 from circuits.worldmodels.verdict import SCORES, Assessment, Thresholds, judge
@@ -58,7 +59,7 @@ def measure(
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Reading]:
-    """Return what each of some probes finds; NaN, with the reason nowhere but here, where it cannot be applied.
+    """Return what each of some probes finds; NaN with a note where one cannot be applied.
 
     Args:
         model: any hooked model that reads the game's tokens.
@@ -83,13 +84,13 @@ def measure(
     found = {}
     for name in tqdm(chosen, desc="probes", disable=not progress):
         if name in NEEDS_STATES and game.n_states is None:
-            found[name] = Reading(name, NAN)
+            found[name] = Reading(name, NAN, note=f"{game} has too many states to list")
             continue
         options = {"policy": policy} if name in OF_POLICY else {}
         try:
             found[name] = PROBES[name](model, game, seed=seed, **options)
-        except UnsupportedModel:
-            found[name] = Reading(name, NAN)  # such as rules of neurons in a model that has none
+        except (NothingToMeasure, UnsupportedModel) as error:  # such as rules of neurons in a model that has none
+            found[name] = Reading(name, NAN, note=str(error))
     return found
 
 
@@ -97,9 +98,9 @@ def assess(
     model: HookedModel,
     game: Game,
     *,
-    untrained: HookedModel | Mapping[str, Reading] | None = None,
-    told: HookedModel | Mapping[str, Reading] | None = None,
-    planted: HookedModel | Mapping[str, Reading] | None = None,
+    untrained: HookedModel | Mapping[str, Reading] | Sequence[Mapping[str, Reading]] | None = None,
+    told: HookedModel | Mapping[str, Reading] | Sequence[Mapping[str, Reading]] | None = None,
+    planted: HookedModel | Mapping[str, Reading] | Sequence[Mapping[str, Reading]] | None = None,
     probes: Iterable[str] | None = None,
     policy: str | None = None,
     thresholds: Thresholds | None = None,
@@ -113,7 +114,7 @@ def assess(
         game: what it plays.
         untrained: the control at 0: a model of the same shape with random weights, or what ``measure`` found of it.
             None: for our own models such a one is made (its unembedding is random too, so it plays at random); for
-            others 0 stands in.
+            others 0 stands in. A list has one for each seed.
         told: the control at 1: a model of the same shape trained by the objective ``state``, or what ``measure`` found
             of it; None: 1 stands in, the most that each statistic can be.
         planted: a model that plays by the game's planted heuristic, or what ``measure`` found of it: a probe by which
@@ -143,13 +144,12 @@ def assess(
         how.append("0: the untrained network that was given")
     how.append("1: a statistic of 1" if told is None else "1: the network that was told the state")
 
-    def found(subject: HookedModel | Mapping[str, Reading] | None) -> Mapping[str, Reading] | None:
-        if subject is None or isinstance(subject, Mapping):
+    def found(subject: Any) -> Any:
+        if subject is None or isinstance(subject, (Mapping, Sequence)):
             return subject
         return measure(subject, game, probes=names, policy=policy, seed=seed, progress=progress)
 
     readings = found(model)
-    assert readings is not None
     return judge(
         readings, found(untrained), found(told), found(planted), thresholds=thresholds, controls="; ".join(how)
     )

@@ -10,7 +10,7 @@ from circuits.model import HookedModel
 from circuits.tasks.games import Game
 from circuits.worldmodels.activations import (
     check_fits,
-    mean_interval,
+    interval_by_sequence,
     next_probabilities,
     total_variation,
     uniform_over,
@@ -27,8 +27,9 @@ def counterfactual(model: HookedModel, game: Game, *, n: int = SEQUENCES, seed: 
     One move of a sequence is replaced by another legal one such that later moves stay legal. ``value`` is ``follow``:
     of the later positions at which other moves are legal than before the edit, the share at which the network's
     distribution is nearer to the edited state's legal moves. The control is an edit that changes nothing: two
-    neighbouring moves change places and lead to the same state; ``commuting_change`` is the total variation between the
-    distributions before and after, beside that of edits that do make a difference (``edit_change``).
+    neighbouring moves (of one player) change places and lead to the same state; ``commuting_change`` is the total
+    variation between the distributions before and after, beside that of edits that do make a difference
+    (``edit_change``).
 
     Formula: follow = mean of 1[TV(p(h'), U(A(s'))) < TV(p(h'), U(A(s)))], over positions with A(s') != A(s).
 
@@ -63,16 +64,16 @@ def counterfactual(model: HookedModel, game: Game, *, n: int = SEQUENCES, seed: 
     states, alive = follow(game, games.states[:, 0], edited)
     later = torch.arange(tokens.shape[1]) >= at[:, None]
     legal = game.legal(states[:, 1:].flatten(0, 1)).view(*tokens.shape, -1)
-    over = game.terminal(states[:, 1:].flatten(0, 1)).view(tokens.shape)
-    where = later & alive & counted & possible[:, None] & ~over & (legal != games.legal[:, 1:]).any(2)
+    where = later & alive & counted & possible[:, None] & (legal != games.legal[:, 1:]).any(2)
     before, after = (next_probabilities(model, part, game) for part in (tokens, edited))
     new, old = (total_variation(after, uniform_over(sets)) for sets in (legal, games.legal[:, 1:]))
     follows = (new < old)[where].float()
+    interval = interval_by_sequence(follows, where.nonzero()[:, 0])
     commuting, pairs = _commuting_change(model, game, games.states, tokens, counted, generator)
     return Reading(
         "counterfactual",
         float(follows.mean()) if len(follows) >= 20 else NAN,
-        mean_interval(follows.tolist()) if len(follows) >= 20 else (NAN, NAN),
+        interval if len(follows) >= 20 else (NAN, NAN),
         details={
             "positions": float(len(follows)),
             "commuting_change": commuting,
@@ -94,15 +95,18 @@ def _commuting_change(
     """Mean total variation between distributions before and after two moves changed places that lead to one state."""
     n, length = tokens.shape
     rows = torch.arange(n)
+    apart = 2 if hasattr(type(game), "player") else 1  # the moves of one player, where two take turns
+    if length <= apart:
+        return NAN, 0
     swapped, chosen = tokens.clone(), torch.full((n,), -1)
     for _ in range(8):
-        at = torch.randint(max(1, length - 1), (n,), generator=generator)
+        at = torch.randint(length - apart, (n,), generator=generator)
+        end = at + apart
         tried = tokens.clone()
-        tried[rows, at], tried[rows, at + 1] = tokens[rows, at + 1], tokens[rows, at]
+        tried[rows, at], tried[rows, end] = tokens[rows, end], tokens[rows, at]
         reached, alive = follow(game, states[:, 0], tried)
-        end = at + 1
         same = alive[rows, end] & (reached[rows, end + 1] == states[rows, end + 1]).all(1) & counted[rows, end]
-        new = same & (chosen < 0) & (tokens[rows, at] != tokens[rows, at + 1])
+        new = same & (chosen < 0) & (tokens[rows, at] != tokens[rows, end])
         swapped[new], chosen[new] = tried[new], end[new]
     found = (chosen >= 0).nonzero()[:, 0]
     if not len(found):

@@ -88,7 +88,9 @@ def played_legally(model: HookedModel, game: Game, rate: float, kind: str, n: in
         else:
             probabilities = next_probabilities(model, tokens, game)[:, -1]
             own = probabilities.argmax(1)
-            fine = fine & (over | legal.gather(1, own[:, None])[:, 0])
+            # Whether the end of a game is noticed is asked once; what comes after it is not.
+            waits = tokens[:, -1] == game.n_actions if game.n_actions < game.d_vocab else torch.zeros_like(over)
+            fine = fine & (waits | legal.gather(1, own[:, None])[:, 0])
             replaced = torch.rand(n, generator=generator) < rate
             instead = _instead(kind, probabilities, own, legal, generator)
             token = torch.where(replaced | ~legal.gather(1, own[:, None])[:, 0], instead, own)

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.errors import BadInput
 from circuits.model import HookedModel
 from circuits.tasks.games import Game
 from circuits.worldmodels.activations import check_fits, device_of, mean_interval, n_layers, resid_post, residuals
 from circuits.worldmodels.prefixes import Prefixes, distinct, sample_prefixes
-from circuits.worldmodels.reading import NAN, Reading
+from circuits.worldmodels.reading import NAN, NothingToMeasure, Reading
 
 STATES = 8
 """States that a labelling labels, at most: no more than a linear head of a small model can tell apart."""
@@ -71,7 +70,7 @@ def inductive_bias(
     states share their legal tokens.
 
     Formula: R-IB = 1 - 2 mean over pairs of prefixes of one state of 1[y_i != y_j]; D-IB = 2 mean over pairs of
-        different states of 1[y_i != y_j]; value = R-IB + D-IB(same legal) / D-IB(same legal) of the labels - 1.
+        different states of 1[y_i != y_j]; value = (R-IB + D-IB(same legal) - 1) / D-IB(same legal) of the labels.
 
     Args:
         model: any hooked model that reads the game's tokens.
@@ -156,7 +155,9 @@ def examples(game: Game, *, labellings: int, seed: int) -> list[Examples]:
     counts = torch.stack([torch.bincount(state[halves == half], minlength=int(state.max()) + 1) for half in (0, 1)])
     enough = (counts >= FEWEST).all(0)
     if int(enough.sum()) < 2:
-        raise BadInput(f"{game}: fewer than two states are reached by enough different prefixes; take a longer length")
+        raise NothingToMeasure(
+            f"{game}: fewer than two states are reached by enough different prefixes; take a longer length"
+        )
     n_sets = 1 if int(enough.sum()) <= STATES else min(SETS, labellings)
     sizes = [labellings // n_sets + (i < labellings % n_sets) for i in range(n_sets)]
     return [_examples(pool, state, halves, enough, size, generator) for size in sizes]
@@ -283,7 +284,7 @@ def _reading(measured: list[tuple[Tensor, Examples]]) -> Reading:
         torch.cat([getattr(own, name) for own, _ in found]) for name in ("r", "d", "d_same_legal", "d_other_legal")
     )
     ceiling = float(torch.cat([best.d_same_legal for _, best in found]).nanmean())
-    values = (r + same / ceiling - 1)[same.isfinite()].tolist()
+    values = ((r + same - 1) / ceiling)[same.isfinite()].tolist()
     accuracy = torch.cat([(a == c.labels[:, c.test_state]).float().mean(1) for a, c in measured])
     details: dict[str, float] = {"accuracy": float(accuracy.mean()), "states": float(measured[0][1].labels.shape[1])}
     for name, scores in {"r_ib": r, "d_ib": d, "d_ib_same_legal": same, "d_ib_other_legal": other}.items():

@@ -160,7 +160,7 @@ def edits(game: Game, n: int, *, seed: int, legality: bool = True) -> Edits:
     states = game.state_of(target)
     # A feature that follows from others, as nim's exclusive or does, changes with them and cannot be changed alone.
     wanted, target = target[rows, which], game.state_features(states)
-    sound = (target[rows, which] == wanted) & ~game.terminal(states)
+    sound = target[rows, which] == wanted
     legal = game.legal(states)
     differ = (legal != pool.legal).any(1)
     chosen = (sound & (differ if legality else ~differ)).nonzero()[:n, 0]

@@ -11,8 +11,8 @@ from circuits.tasks.games import Game
 from circuits.worldmodels.activations import (
     check_fits,
     exact_sets,
+    interval_by_sequence,
     last_probabilities,
-    mean_interval,
     next_probabilities,
     top_sets,
 )
@@ -32,8 +32,9 @@ def legal_actions(
     ``value`` is ``exact_legal_set``: exactly the legal tokens have more than half of the probability that each would
     have if the legal ones shared it evenly. ``details`` has the share whose most probable token is legal
     (``top_legal``), precision and recall at fixed thresholds, and threshold-free: ``top_set`` (the N most probable
-    tokens are the N legal ones), ``auroc`` of legal against illegal tokens, ``illegal_mass``, and the recall of the
-    set of legal moves that is recalled worst (``worst_recall``).
+    tokens are the N legal ones), ``auroc`` of legal against illegal tokens, ``illegal_mass`` where the game goes on
+    and where it has just ended, and ``worst_set``: the share of exact sets where the set of legal tokens is the one
+    that is known worst.
 
     Formula: exact = mean over prefixes of 1[{a : p(a) > 1 / (2 |A|)} = A].
 
@@ -54,17 +55,20 @@ def legal_actions(
         what is legal is not knowing the state.
     """
     check_fits(model, game)
-    chosen = sample_prefixes(game, n, seed=seed + 21, policy=policy).draw(PREFIXES, torch.Generator().manual_seed(seed))
+    pool = sample_prefixes(game, n, seed=seed + 21, policy=policy, over=True)
+    chosen = pool.draw(PREFIXES, torch.Generator().manual_seed(seed))
     probabilities = chosen.at(next_probabilities(model, chosen.games.tokens, game))
     legal = chosen.legal
     exact = exact_sets(probabilities, legal)
+    goes_on = ~game.terminal(chosen.states)
     accepted = {epsilon: probabilities > epsilon for epsilon in EPSILONS}
     details = {
         "top_legal": float(top_legal(probabilities, legal).float().mean()),
         "top_set": float((top_sets(probabilities, legal.sum(1)) == legal).all(1).float().mean()),
-        "illegal_mass": float((probabilities * ~legal).sum(1).mean()),
+        "illegal_mass": float((probabilities * ~legal).sum(1)[goes_on].mean()),
+        "illegal_mass at the end": float((probabilities * ~legal).sum(1)[~goes_on].mean()),
         "auroc": _auroc(probabilities, legal),
-        "worst_recall": _worst_recall(probabilities, chosen),
+        "worst_set": _worst_set(probabilities, chosen),
     }
     for epsilon, taken in accepted.items():
         details[f"precision at {epsilon:g}"] = float((taken & legal).sum() / taken.sum().clamp_min(1))
@@ -73,7 +77,7 @@ def legal_actions(
     return Reading(
         "legal-actions",
         float(exact.float().mean()),
-        mean_interval(exact.float().tolist()),
+        interval_by_sequence(exact.float(), chosen.row),
         details=details,
         controls={"any token": float(legal.all(1).float().mean())},
         source="arXiv 2210.13382, section 4",
@@ -81,18 +85,20 @@ def legal_actions(
 
 
 def fan_out(model: HookedModel, game: Game, *, policy: str | None = None, n: int = SEQUENCES, seed: int = 0) -> Reading:
-    """Return how well the moves after every move are known, not only after those that play makes.
+    """Return how well the network plays after every move, not only after those that it has seen made.
 
-    Every legal move is appended to each prefix. ``value`` is 1 minus the off-policy gap: the share of exact sets of
-    legal moves weighted as the policy moves, less the share over all moves alike, where that is positive. ``details``
-    has both shares and the gap.
+    Every legal move is appended to prefixes of the policy. ``value`` is 1 minus the off-policy gap: the share of
+    positions at which the most probable token is legal after moves as the policy makes them, less the lower of the
+    same after all moves alike and after the legal move that the network itself takes to be least likely. ``details``
+    has all of them.
 
-    Formula: gap = max(0, E_{a ~ policy}[exact(h a)] - E_{a ~ uniform over A}[exact(h a)]).
+    Formula: gap = max(0, on - min(alike, unlikely)), each the mean over prefixes h of 1[argmax p(h a) is legal], for a
+        drawn by the policy, evenly from A(h), and as argmin of p(a | h) over A(h).
 
     Args:
         model: any hooked model that reads the game's tokens.
         game: whose moves.
-        policy: who plays in training; None: uniform play, against which moves that play makes rarely count half.
+        policy: who plays in training; None: uniform play.
         n: number of sequences.
         seed: of the sequences.
 
@@ -100,9 +106,9 @@ def fan_out(model: HookedModel, game: Game, *, policy: str | None = None, n: int
         BadInput: the model does not fit the game.
         UnsupportedModel: the model is not causal.
 
-    Source: ours, after Xing et al. 2025 (arXiv 2507.05169): a world model simulates all actions.
-    Fails when: the policy is uniform: there is then no other play to be off, and the gap is what noise makes it. A
-        network that knows nothing anywhere has no gap.
+    Source: ours, after Xing et al. 2025 (arXiv 2507.05169): a world model simulates all actions. The least likely move
+        is the policy AD of Balogh and Jelasity 2026 (arXiv 2602.05903).
+    Fails when: most tokens are legal anyway; a network that knows nothing anywhere has no gap.
     """
     check_fits(model, game)
     policy = policy or game.policies[0]
@@ -111,26 +117,29 @@ def fan_out(model: HookedModel, game: Game, *, policy: str | None = None, n: int
     which, moves = pool.legal.nonzero(as_tuple=True)
     tokens = torch.cat((pool.tokens[which], moves[:, None]), 1)
     tokens[torch.arange(len(which)), pool.lengths[which]] = moves
-    tokens = tokens[:, : game.n_ctx]
-    states = game.step(pool.states[which], moves)
-    going_on = ~game.terminal(states)
-    legal = game.legal(states)
-    exact = exact_sets(last_probabilities(model, tokens, pool.lengths[which] + 1, game), legal) & going_on
-    chances = _policy_chances(game, policy, pool)[which, moves]
-    alike = 1 / pool.legal.sum(1)[which].double()
-    shares = []
-    for weights in (chances, alike):
-        kept = weights * going_on
-        shares.append(float((kept * exact).sum() / kept.sum().clamp_min(1e-12)))
-    gap = max(0.0, shares[0] - shares[1])
-    per_prefix = torch.zeros(len(pool), dtype=torch.float64)
-    per_prefix.index_add_(0, which, (alike - chances) * exact * going_on)
+    legal = game.legal(game.step(pool.states[which], moves))
+    fine = top_legal(last_probabilities(model, tokens[:, : game.n_ctx], pool.lengths[which] + 1, game), legal).double()
+    own = last_probabilities(model, pool.tokens, pool.lengths, game)
+    unlikely = own.masked_fill(~pool.legal, torch.inf).argmin(1)
+    found = {}
+    for name, chances in {
+        "on_policy": _policy_chances(game, policy, pool),
+        "all_moves": pool.legal / pool.legal.sum(1, keepdim=True),
+        "least_likely": torch.nn.functional.one_hot(unlikely, game.d_vocab),
+    }.items():
+        found[name] = torch.zeros(len(pool), dtype=torch.float64).index_add_(
+            0, which, chances.double()[which, moves] * fine
+        )
+    means = {name: float(by_prefix.mean()) for name, by_prefix in found.items()}
+    worse = min(("all_moves", "least_likely"), key=lambda name: means[name])
+    gap = max(0.0, means["on_policy"] - means[worse])
+    low, high = interval_by_sequence(found["on_policy"] - found[worse], pool.row)
     return Reading(
         "fan-out",
         1 - gap,
-        mean_interval((1 + per_prefix).clamp_max(1).tolist()),
-        details={"on_policy": shares[0], "off_policy": shares[1], "off_policy_gap": gap},
-        source="arXiv 2507.05169",
+        (1 - max(0.0, high), 1 - max(0.0, low)),
+        details={**means, "off_policy_gap": gap},
+        source="arXiv 2507.05169; arXiv 2602.05903",
     )
 
 
@@ -157,7 +166,7 @@ def _auroc(probabilities: Tensor, legal: Tensor) -> float:
     return float(roc_auc_score(legal.flatten().numpy(), probabilities.flatten().double().numpy()))
 
 
-def _worst_recall(probabilities: Tensor, prefixes: Prefixes) -> float:
+def _worst_set(probabilities: Tensor, prefixes: Prefixes) -> float:
     hits = (exact_sets(probabilities, prefixes.legal)).double()
     classes = prefixes.legal_class
     totals = torch.zeros(int(classes.max()) + 1, dtype=torch.float64).index_add_(0, classes, hits)

@@ -90,12 +90,18 @@ def myhill_nerode(
 
     Source: Vafa et al. 2024 (arXiv 2406.03689), definitions 2.3 to 2.5; that the boundary is exact, by search of the
         product of the minimal automaton with itself, is ours.
-    Fails when: one token just above the threshold spoils a continuation: look at the curve in depth and at ``overlap``.
-        States that differ in nothing legal ever (in nim: whose turn it is) are one state to it.
+    Fails when: a network takes everything for possible, as an untrained one does under a low threshold, or where most
+        tokens are
+        legal: then it compresses whatever it knows, and ``distinction_recall`` is low. One token just above the
+        threshold spoils a continuation: look at the curve in depth and at ``overlap``. States that differ in nothing
+        legal ever (in nim: whose turn it is) are one state to it.
     """
     check_fits(model, game)
     accept = acceptance or Acceptance()
-    pool = distinct(sample_prefixes(game, 1000, seed=seed, length=max(2, game.n_ctx // 2)))
+    pool = distinct(sample_prefixes(game, 1000, seed=seed, length=max(1, game.n_ctx // 2)))
+    depth = min(depth, game.n_ctx - int(pool.lengths.max()) if len(pool) else 0)
+    if depth < 1:
+        return Reading("myhill-nerode", NAN, note="no token of the context is left to continue with")
     generator = torch.Generator().manual_seed(seed)
     rows = rows_of(game, pool.states)
     same, different = _pairs(pool, rows, minimal_classes(game), pairs, generator)

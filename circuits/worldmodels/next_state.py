@@ -8,7 +8,7 @@ from torch import Tensor
 
 from circuits.model import HookedModel
 from circuits.tasks.games import Game
-from circuits.worldmodels.activations import check_fits, mean_interval, n_layers, residuals
+from circuits.worldmodels.activations import check_fits, interval_by_sequence, mean_interval, n_layers, residuals
 from circuits.worldmodels.linear_probe import LinearProbe
 from circuits.worldmodels.prefixes import Prefixes, sample_prefixes
 from circuits.worldmodels.reading import NAN, Curve, Reading
@@ -54,16 +54,15 @@ def next_state(model: HookedModel, game: Game, *, n: int = 200, seed: int = 0) -
     rows = torch.arange(len(which))
     tokens[rows, pool.lengths[which]] = moves
     stream = residuals(model, tokens[:, : game.n_ctx], [layer])[layer][rows, pool.lengths[which]]
-    before = pool.features[which]
-    after = game.state_features(game.step(pool.states[which], moves))
-    changed = before != after
+    reached = game.step(pool.states[which], moves)
+    after, changed = game.state_features(reached), game.changed_features(pool.states[which], reached)
     right = (probe.predict(stream) == after) & changed
     some = changed.any(1)
     shares = right.sum(1)[some] / changed.sum(1)[some]
     return Reading(
         "next-state",
         float(shares.mean()),
-        mean_interval(shares.tolist()),
+        interval_by_sequence(shares, pool.row[which[some]]),
         details={"moves": float(some.sum())},
         source="arXiv 2507.05169",
     )
@@ -74,7 +73,8 @@ def latent_rollout(model: HookedModel, game: Game, *, n: int = 600, seed: int = 
 
     For each token an affine map from the last residual stream before it to the one after it is fitted by ridge
     regression; the maps are applied one after another, and a linear probe reads the state. ``value`` is the accuracy
-    over features after ``ROLLOUT`` moves; the curve has it by depth, beside that of a stream that is left as it was.
+    over features after ``ROLLOUT`` moves, or as many as sequences go on for (``depth``); the curve has it by depth,
+    beside that of a stream that is left as it was.
 
     Formula: h_{t+1} ~ A_a h_t + b_a; accuracy(k) = mean of 1[probe(A_{a_k} ... A_{a_1} h_t) = f(s_{t+k})].
 

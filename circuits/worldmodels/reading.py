@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from circuits.errors import BadInput
+
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
 NAN = float("nan")
+
+
+class NothingToMeasure(BadInput):
+    """The game offers nothing that a probe could be measured on."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Reading:
         curves: measurements at several settings, by name.
         board: a state before and after an intervention.
         source: where the definition is from.
+        note: why there is no statistic, where there is none.
     """
 
     probe: str
@@ -75,6 +82,7 @@ class Reading:
     curves: Mapping[str, Curve] = field(default_factory=dict)
     board: EditedBoard | None = None
     source: str = ""
+    note: str = ""
 
     def number(self, name: str) -> float:
         """The statistic (``value``), or a detail or control by name; NaN where there is none."""

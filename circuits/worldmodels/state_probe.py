@@ -8,7 +8,7 @@ from torch import Tensor
 
 from circuits.model import HookedModel
 from circuits.tasks.games import Game
-from circuits.worldmodels.activations import check_fits, mean_interval, n_layers, residuals
+from circuits.worldmodels.activations import check_fits, interval_by_sequence, n_layers, residuals
 from circuits.worldmodels.linear_probe import LinearProbe, fit_probe, shuffled_labels
 from circuits.worldmodels.prefixes import Prefixes, sample_prefixes
 from circuits.worldmodels.reading import Curve, Reading
@@ -25,9 +25,10 @@ holds are read as well under other names."""
 def state_probe(model: HookedModel, game: Game, *, n: int = SEQUENCES, seed: int = 0) -> Reading:
     """Return how well a linear probe reads the state's features from the residual stream, at its best layer.
 
-    ``value`` is the accuracy over features that the last move changed: the others are right as often by remembering
-    what they were. ``details`` has the accuracy over all features, over whole states (every feature right), and
-    balanced over the values of a feature; ``controls`` the same probe's on random labels by state, and the most
+    ``value`` is the accuracy over features that the last move changed, whoever looks at them: the others are right by
+    remembering what they were. ``details`` has the accuracy over all features, over whole states (every feature
+    right), and balanced over the values of a feature; ``controls`` the same probe's on random labels by the last
+    tokens, and the most
     frequent value. Fitted and tested on different sequences.
 
     Formula: accuracy = mean over prefixes h and features f with f(s) != f(s before the last move) of
@@ -56,18 +57,20 @@ def state_probe(model: HookedModel, game: Game, *, n: int = SEQUENCES, seed: int
     probes = {k: fit_probe(fit.at(streams[0][k]), fit.features, game.feature_sizes) for k in layers}
     changed = changed_features(test)
     right = {k: probe.predict(test.at(streams[1][k])) == test.features for k, probe in probes.items()}
-    scores = {k: _mean(right[k], changed) for k in layers}
+    # The layer is chosen on other sequences than those that are reported.
+    choosing = test.row % 2 == 0
+    scores = {k: _mean(right[k][choosing], changed[choosing]) for k in layers}
     best = max(layers, key=lambda k: scores[k])
     recent = torch.cat([last_tokens(part, RECENT) for part in (fit, test)])
     labels = shuffled_labels(torch.cat((fit.features, test.features)), recent, seed)
     control = fit_probe(fit.at(streams[0][best]), labels[: len(fit)], game.feature_sizes)
     by_heart = control.predict(test.at(streams[1][best])) == labels[len(fit) :]
-    shares = changed.float().sum(1)
-    per_prefix = (right[best] & changed).float().sum(1)[shares > 0] / shares[shares > 0]
+    report = ~choosing
+    per_prefix = ((right[best] & changed).sum(1) / changed.sum(1))[report]
     return Reading(
         "state-probe",
         float(per_prefix.mean()),
-        mean_interval(per_prefix.tolist()),
+        interval_by_sequence(per_prefix, test.row[report]),
         details={
             "accuracy": float(right[best].float().mean()),
             "whole_state": float(right[best].all(1).float().mean()),
@@ -104,8 +107,8 @@ def last_tokens(prefixes: Prefixes, n: int) -> Int[Tensor, " m"]:
 
 def changed_features(prefixes: Prefixes) -> Bool[Tensor, "m n_features"]:
     """Return which features the last move of each prefix changed, or all where none did (a move that is no move)."""
-    before = prefixes.game.state_features(prefixes.games.states[prefixes.row, prefixes.position])
-    changed = before != prefixes.features
+    before = prefixes.games.states[prefixes.row, prefixes.position]
+    changed = prefixes.game.changed_features(before, prefixes.states)
     return changed | ~changed.any(1, keepdim=True)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from circuits.model import HookedModel
 from circuits.tasks.games import Game
-from circuits.worldmodels.activations import check_fits, mean_interval, next_probabilities, total_variation
+from circuits.worldmodels.activations import check_fits, interval_by_sequence, next_probabilities, total_variation
 from circuits.worldmodels.prefixes import sample_prefixes
 from circuits.worldmodels.reading import NAN, Reading
 
@@ -56,7 +56,7 @@ def symmetry(model: HookedModel, game: Game, *, n: int = SEQUENCES, seed: int = 
     return Reading(
         "symmetry",
         float(1 - mean.mean()),
-        mean_interval((1 - mean).tolist()),
+        interval_by_sequence(1 - mean, prefixes.row),
         details={"symmetries": float(len(changes))},
         controls={"other sequences": float(1 - torch.stack(strangers).mean())},
         source="LessWrong, July 2024",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -179,55 +180,74 @@ class Assessment:
         return loaded
 
 
+Controls = Mapping[str, Reading] | Sequence[Mapping[str, Reading]] | None
+"""What probes found of a control, or of one for each of several seeds."""
+
+
 def judge(
     readings: Mapping[str, Reading],
-    untrained: Mapping[str, Reading] | None = None,
-    told: Mapping[str, Reading] | None = None,
-    planted: Mapping[str, Reading] | None = None,
+    untrained: Controls = None,
+    told: Controls = None,
+    planted: Controls = None,
     *,
     thresholds: Thresholds | None = None,
     controls: str = "",
 ) -> Assessment:
     """Return scores and label of a network from its probes and those of its controls.
 
-    A score is (x - untrained) / (told - untrained), cut to [0, 1]; without controls 0 and 1 stand in for theirs, and
-    for the inductive bias, whose ceiling is in the statistic, as well. A score is unknown where the controls are alike,
-    and where a network that plays by a planted rule of legality does as well as the one that was told the state: there
-    the probe cannot tell what the verdict is about.
+    A score is (x - untrained) / (told - untrained), cut to [0, 1], between the means of the controls over their seeds;
+    without controls 0 and 1 stand in for theirs. A score is unknown where the probe does not tell the network that was
+    told the state from the untrained one, and from the one that plays by a planted rule of legality where there is one:
+    their distance is less than ``informative``, or than two standard errors.
 
-    ``not-learned``: too much of its probability is on illegal tokens. ``world-model``: distinguishes, compresses and
-    uses the state as the network that was told it, as far as probes can say so (two of them at least), with no
-    off-policy gap. ``heuristic``: two or more of distinguishes, compresses, follows counterfactuals and holds
-    off-policy are no better than half way from the untrained network. ``undetermined``: fewer than two of these say
-    anything. ``mixed``: none of it.
+    ``not-learned``: too much probability is on illegal moves. ``heuristic``: two or more of distinguishes, compresses,
+    follows counterfactuals and holds off-policy are no better than half way from the untrained network.
+    ``world-model``: it distinguishes, compresses and uses the state as the network that was told it, as far as probes
+    say so (two of them at least, ``distinguishes`` among them), with none of the others low and no off-policy gap.
+    ``undetermined``: fewer than two scores say anything, or all that do are high and ``distinguishes`` is not among
+    them. ``mixed``: none of it.
 
-    Source: ours; thresholds in ``Thresholds``, calibrated as docs/world-models.md says.
+    Source: ours; thresholds in ``Thresholds``, held to known players as docs/world-models.md says.
     """
     asked = thresholds or Thresholds()
-    scores = {
-        name: _score(readings, untrained, told, planted, probe, key, asked) for name, (probe, key) in SCORES.items()
+    found = {
+        name: _score(readings.get(probe), [_pooled(c, probe, key) for c in (untrained, told, planted)], key, asked)
+        for name, (probe, key) in SCORES.items()
     }
-    label, why = _label(scores, readings, asked)
-    return Assessment(label, why, scores, dict(readings), asked, controls)
+    label, why = _label(found, readings, asked)
+    return Assessment(label, why, found, dict(readings), asked, controls)
+
+
+def _pooled(controls: Controls, probe: str, key: str) -> tuple[float, float] | None:
+    """Mean and standard error of a control's statistic, over seeds where there are several; None without a control."""
+    if not controls:
+        return None
+    several = [controls] if isinstance(controls, Mapping) else list(controls)
+    found = [control[probe] for control in several if probe in control]
+    values = [reading.number(key) for reading in found]
+    if not values:
+        return NAN, NAN
+    mean = sum(values) / len(values)
+    if len(values) > 1:
+        variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+        return mean, math.sqrt(variance / len(values))
+    low, high = found[0].interval
+    return mean, (high - low) / (2 * 1.96) if high == high and low == low else 0.0
 
 
 def _score(
-    readings: Mapping[str, Reading],
-    untrained: Mapping[str, Reading] | None,
-    told: Mapping[str, Reading] | None,
-    planted: Mapping[str, Reading] | None,
-    probe: str,
-    key: str,
-    asked: Thresholds,
+    reading: Reading | None, controls: Sequence[tuple[float, float] | None], key: str, asked: Thresholds
 ) -> Score:
-    if probe not in readings:
+    if reading is None:
         return Score(NAN, NAN, NAN, NAN, NAN, NAN)
-    raw = readings[probe].number(key)
-    low, high = readings[probe].interval
-    bottom = 0.0 if untrained is None else untrained[probe].number(key)
-    top = 1.0 if told is None else told[probe].number(key)
-    beside = bottom if planted is None else planted[probe].number(key)
-    if not top - bottom >= asked.informative or top - beside < asked.informative:
+    raw, (low, high) = reading.number(key), reading.interval
+    (bottom, bottom_error), (top, top_error) = controls[0] or (0.0, 0.0), controls[1] or (1.0, 0.0)
+    planted, planted_error = controls[2] or (bottom, bottom_error)
+
+    def apart(other: float, error: float) -> bool:
+        return top - other >= max(asked.informative, 2 * math.hypot(top_error, error))
+
+    if not (apart(bottom, bottom_error) and apart(planted, planted_error)):
         return Score(NAN, NAN, NAN, raw, bottom, top)
 
     def scaled(x: float) -> float:
@@ -242,17 +262,15 @@ def _label(scores: Mapping[str, Score], readings: Mapping[str, Reading], asked: 
         return "not-learned", f"it gives legal moves {legal:.1%} of its probability, less than {asked.learned:.0%}"
     of_state = {name: scores[name].value for name in OF_A_WORLD_MODEL if scores[name].known}
     of_play = {name: scores[name].value for name in OF_NO_HEURISTIC if scores[name].known}
+    shown = ", ".join(f"{name} {value:.2f}" for name, value in {**of_state, **of_play}.items())
     if len(of_state) < 2 and len(of_play) < 2:
         return "undetermined", "fewer than two of its probes tell their controls apart on this game"
-    gap = readings["fan-out"].number("off_policy_gap") if "fan-out" in readings else 0.0
     low = [f"{name} {value:.2f}" for name, value in of_play.items() if value <= asked.low]
-    if len(of_state) >= 2 and all(value >= asked.high for value in of_state.values()) and gap <= asked.gap:
-        shown = ", ".join(f"{name} {value:.2f}" for name, value in of_state.items())
-        return "world-model", f"{shown}: all at least {asked.high}, with an off-policy gap of {gap:.3f}"
     if len(low) >= 2:
-        return (
-            "heuristic",
-            f"{', '.join(low)}: no more than {asked.low}, although {legal:.1%} of its probability is on legal moves",
-        )
-    shown = ", ".join(f"{name} {value:.2f}" for name, value in {**of_state, **of_play}.items())
-    return "mixed", f"{shown}: neither all high nor two low"
+        return "heuristic", f"{', '.join(low)}: no more than {asked.low}, although it plays legally ({legal:.1%})"
+    gap = readings["fan-out"].number("off_policy_gap") if "fan-out" in readings else 0.0
+    if len(of_state) >= 2 and min(of_state.values()) >= asked.high and not low and gap <= asked.gap:
+        if "distinguishes" not in of_state:
+            return "undetermined", f"{shown}: high, but whether it distinguishes states of the same moves is not known"
+        return "world-model", f"{shown}, with an off-policy gap of {gap:.3f}"
+    return "mixed", f"{shown}, with an off-policy gap of {gap:.3f}: neither a world model's nor two low"

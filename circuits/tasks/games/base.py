@@ -194,6 +194,12 @@ class Game(Hashable, Protocol):
         """The parts of each state that a probe reads."""
         ...
 
+    def changed_features(
+        self, before: Int[Tensor, "batch d_state"], after: Int[Tensor, "batch d_state"]
+    ) -> Bool[Tensor, "batch n_features"]:
+        """Which of ``state_features`` a move changed, apart from whose view they are in."""
+        ...
+
     def describe(self, state: Int[Tensor, " d_state"]) -> str:
         """One state as a person reads it."""
         ...

@@ -124,6 +124,12 @@ class Bitboard:
         """Each cell as the player to move sees it: 0 empty, 1 own, 2 the other's."""
         return self.cells(states[:, 0]).long() + 2 * self.cells(states[:, 1])
 
+    def changed(self, before: Int[Tensor, "batch 3"], after: Int[Tensor, "batch 3"]) -> Bool[Tensor, "batch n_cells"]:
+        """The cells on which something else stands, whoever looks at them."""
+        same_view = (before[:, 2] == after[:, 2])[:, None]
+        seen = torch.where(same_view, before[:, :2], before[:, :2].flip(1))
+        return self.features(torch.cat((seen, after[:, 2:]), 1)) != self.features(after)
+
     def from_features(self, features: Int[Tensor, "batch n_cells"]) -> Int[Tensor, "batch 3"]:
         """The position whose ``features`` these are; player 0 is to move where the number of stones is even."""
         own, other = bits_of(features == 1), bits_of(features == 2)

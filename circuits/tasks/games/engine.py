@@ -111,6 +111,12 @@ class Engine(ABC):
     def state_features(self, states: Int[Tensor, "batch d_state"]) -> Int[Tensor, "batch n_features"]:
         """The parts of each state that a probe reads."""
 
+    def changed_features(
+        self, before: Int[Tensor, "batch d_state"], after: Int[Tensor, "batch d_state"]
+    ) -> Bool[Tensor, "batch n_features"]:
+        """Which of ``state_features`` a move changed, apart from whose view they are in."""
+        return self.state_features(before) != self.state_features(after)
+
     @abstractmethod
     def state_of(self, features: Int[Tensor, "batch n_features"]) -> Int[Tensor, "batch d_state"]:
         """The state that each row of ``state_features`` belongs to, whether play can reach it or not."""

@@ -166,6 +166,12 @@ class Othello(SolvedContest):
         """Each cell as the player to move sees it: 0 empty, 1 own, 2 the other's."""
         return self.board.features(states)
 
+    def changed_features(
+        self, before: Int[Tensor, "batch 3"], after: Int[Tensor, "batch 3"]
+    ) -> Bool[Tensor, "batch n_cells"]:
+        """Which cells a move changed: to the other player every stone is the other's, which changes nothing."""
+        return self.board.changed(before, after)
+
     def state_of(self, features: Int[Tensor, "batch n_cells"]) -> Int[Tensor, "batch 3"]:
         """The stones; player 0 is to move where their number is even, which no pass has been counted in."""
         return self.board.from_features(features)

@@ -23,6 +23,7 @@ from circuits.reference.mlp_network import MlpNetwork
 from circuits.reference.nuisances import NUISANCES, renamed_tokens, transform
 from circuits.reference.number_line import number_line
 from circuits.reference.pair_memoriser import pair_memoriser
+from circuits.reference.players import PLAYERS, player
 from circuits.reference.random_init import random_init
 from circuits.reference.range_lookup import range_lookup
 from circuits.reference.result_range_bag import result_range_bag
@@ -52,6 +53,7 @@ TRAINED: dict[str, Callable[..., Reference]] = {
 
 __all__ = [
     "NUISANCES",
+    "PLAYERS",
     "REFERENCES",
     "TRAINED",
     "MlpNetwork",
@@ -68,6 +70,7 @@ __all__ = [
     "interchange_trained",
     "number_line",
     "pair_memoriser",
+    "player",
     "random_init",
     "range_lookup",
     "renamed_tokens",

@@ -63,7 +63,7 @@ def curves_figure(
     figure = go.Figure()
     for number, (name, (x, y)) in enumerate(curves.items()):
         marker = {"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 8}
-        line = {"color": SERIES[number % len(SERIES)], "dash": ("solid", "dot")[number // len(SERIES) % 2]}
+        line = {"color": SERIES[number % len(SERIES)], "dash": ("solid", "dot", "dash")[number // len(SERIES) % 3]}
         figure.add_scatter(x=list(x), y=list(y), mode="lines+markers", name=name, line=line, marker=marker)
     lowest = min((value for _, y in curves.values() for value in y), default=0.0)
     figure.update_layout(

@@ -17,8 +17,8 @@ from circuits.tasks.games import GAMES
 from circuits.worldmodels import SCORES, Assessment
 
 MEANINGS = {
-    "world-model": "It distinguishes states that share their legal moves, compresses prefixes of one state and uses "
-    "the state as the network that was told it does, as far as probes can tell, off the policy that it saw as well.",
+    "world-model": "It distinguishes states that share their legal moves as the network that was told the state does, "
+    "is not shown to compress prefixes or to use the state less, and plays as well off the policy that it saw.",
     "heuristic": "It plays legally, but two or more of distinguishes, compresses, follows counterfactuals and holds "
     "off-policy are no better than half way from an untrained network to one that was told the state.",
 }
@@ -91,7 +91,7 @@ def _section(
         figures.add(
             score_figure(scores, raw, title="Scores by objective, statistics in the cells"),
             f"Scores between the controls by objective, {cell}, mean over seeds",
-            height=430,
+            height=620,
         )
     ]
     for probe, name, title in CURVES:
@@ -100,7 +100,8 @@ def _section(
         if shown:
             x_title, y_title = _titles(analyses, group, probe, name)
             figure = curves_figure(shown, title=title, x_title=x_title, y_title=y_title)
-            placed.append(figures.add(figure, f"{title}, {cell}, mean over seeds"))
+            label = f"{title}, {cell}, mean over seeds"
+            placed.append(figures.add(figure, label, height=380 + 20 * len(shown)))
     informed = [run for runs in recipes.values() for run in runs]
     return {
         "cell": cell,

@@ -31,6 +31,7 @@ SCORES: dict[str, tuple[str, str]] = {
 
 OF_A_WORLD_MODEL = ("distinguishes", "compresses", "uses it")
 OF_NO_HEURISTIC = ("distinguishes", "compresses", "follows counterfactuals", "holds off-policy")
+CORE = tuple(dict.fromkeys(OF_A_WORLD_MODEL + OF_NO_HEURISTIC))
 
 
 @dataclass(frozen=True)
@@ -202,10 +203,10 @@ def judge(
 
     ``not-learned``: too much probability is on illegal moves. ``heuristic``: two or more of distinguishes, compresses,
     follows counterfactuals and holds off-policy are no better than half way from the untrained network.
-    ``world-model``: it distinguishes, compresses and uses the state as the network that was told it, as far as probes
-    say so (two of them at least, ``distinguishes`` among them), with none of the others low and no off-policy gap.
-    ``undetermined``: fewer than two scores say anything, or all that do are high and ``distinguishes`` is not among
-    them. ``mixed``: none of it.
+    ``world-model``: it
+    distinguishes states as the network that was told them, is not shown (by the upper end of its interval) to compress
+    or to use the state less, has none of the others low and no off-policy gap. ``undetermined``: fewer than two of
+    these say anything, or all that do are high and ``distinguishes`` is not among them. ``mixed``: none of it.
 
     Source: ours; thresholds in ``Thresholds``, held to known players as docs/world-models.md says.
     """
@@ -260,17 +261,18 @@ def _label(scores: Mapping[str, Score], readings: Mapping[str, Reading], asked: 
     legal = 1 - readings["legal-actions"].number("illegal_mass") if "legal-actions" in readings else 1.0
     if not legal >= asked.learned:
         return "not-learned", f"it gives legal moves {legal:.1%} of its probability, less than {asked.learned:.0%}"
-    of_state = {name: scores[name].value for name in OF_A_WORLD_MODEL if scores[name].known}
-    of_play = {name: scores[name].value for name in OF_NO_HEURISTIC if scores[name].known}
-    shown = ", ".join(f"{name} {value:.2f}" for name, value in {**of_state, **of_play}.items())
-    if len(of_state) < 2 and len(of_play) < 2:
+    known = {name: scores[name] for name in CORE if scores[name].known}
+    shown = ", ".join(f"{name} {score.value:.2f}" for name, score in known.items())
+    if len(known) < 2:
         return "undetermined", "fewer than two of its probes tell their controls apart on this game"
-    low = [f"{name} {value:.2f}" for name, value in of_play.items() if value <= asked.low]
+    low = [f"{n} {known[n].value:.2f}" for n in OF_NO_HEURISTIC if n in known and known[n].value <= asked.low]
     if len(low) >= 2:
         return "heuristic", f"{', '.join(low)}: no more than {asked.low}, although it plays legally ({legal:.1%})"
     gap = readings["fan-out"].number("off_policy_gap") if "fan-out" in readings else 0.0
-    if len(of_state) >= 2 and min(of_state.values()) >= asked.high and not low and gap <= asked.gap:
-        if "distinguishes" not in of_state:
+    below = [name for name in OF_A_WORLD_MODEL if name in known and not known[name].high >= asked.high]
+    if not below and not low and gap <= asked.gap:
+        if "distinguishes" not in known:
             return "undetermined", f"{shown}: high, but whether it distinguishes states of the same moves is not known"
-        return "world-model", f"{shown}, with an off-policy gap of {gap:.3f}"
+        if known["distinguishes"].value >= asked.high:
+            return "world-model", f"{shown}, with an off-policy gap of {gap:.3f}"
     return "mixed", f"{shown}, with an off-policy gap of {gap:.3f}: neither a world model's nor two low"

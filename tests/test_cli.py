@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from circuits import _commands, cli, discovery, mechanisms, objectives, tasks
+from circuits import _commands, cli, discovery, mechanisms, objectives, tasks, worldmodels
 from circuits.model import load, save
 from circuits.runs import Run
 from circuits.study import PRESETS, Study
@@ -90,7 +90,8 @@ def test_explain_and_discover_a_run(trained: Path, tmp_path: Path, capsys: pytes
 
 def test_list_names_everything_with_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     listed = json.loads(output_of(capsys, "list", "--json"))
-    assert listed.keys() == set(_commands.KINDS)
+    assert {"tasks", "games", "objectives", "methods", "tests", "probes", "presets", "trained"} <= listed.keys()
+    assert listed["probes"].keys() == worldmodels.PROBES.keys()
     assert listed["tasks"].keys() == tasks.TASKS.keys()
     assert listed["objectives"].keys() == objectives.OBJECTIVES.keys()
     assert listed["methods"].keys() == discovery.METHODS.keys()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ class Answer:
 
     name: ClassVar[str] = "answer"
 
-    def check(self, task: Task) -> None:
+    def check(self, task: Any) -> None:
         """Return nothing.
 
         Raises:

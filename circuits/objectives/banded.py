@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -60,7 +60,7 @@ class Banded:
         if type(self.offset) is not int or not 0 <= self.offset < self.width:
             raise BadInput(f"offset = {self.offset!r}: expected a whole number from 0 to width - 1 = {self.width - 1}")
 
-    def check(self, task: Task) -> None:
+    def check(self, task: Any) -> None:
         """Return nothing.
 
         Raises:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from circuits.errors import BadInput
 from circuits.objectives.base import Loss, check_is_game, remember
+from circuits.tasks.base import Task
 from circuits.tasks.games import Game, GameBatch, Heuristic
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class LegalSet:
         if self.labels not in LABELS:
             raise BadInput(f"labels = {self.labels!r}: expected one of {', '.join(LABELS)}")
 
-    def check(self, task: Game) -> None:
+    def check(self, task: Task | Game) -> None:
         """Return nothing.
 
         Raises:

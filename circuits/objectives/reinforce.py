@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -67,7 +67,7 @@ class Reinforce:
         check_number("scale", self.scale, 0, above=True)
         check_number("entropy_bonus", self.entropy_bonus, 0)
 
-    def check(self, task: Task) -> None:
+    def check(self, task: Any) -> None:
         """Return nothing.
 
         Raises:

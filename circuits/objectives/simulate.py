@@ -14,6 +14,7 @@ from circuits.errors import BadInput
 from circuits.objectives.base import Loss, check_is_game, check_number
 from circuits.objectives.heads import ActionHead, feature_losses, logits_and_residual, read_features
 from circuits.objectives.next_token import next_token_loss
+from circuits.tasks.base import Task
 from circuits.tasks.games import Game, GameBatch
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Simulate:
         check_number("next_token", self.next_token, 0)
         check_number("share", self.share, 0, 1, above=True)
 
-    def check(self, task: Game) -> None:
+    def check(self, task: Task | Game) -> None:
         """Return nothing.
 
         Raises:

@@ -10,6 +10,7 @@ import torch
 from circuits.objectives.base import Loss, check_is_game, check_number
 from circuits.objectives.heads import LinearHead, feature_losses, logits_and_residual, read_features
 from circuits.objectives.next_token import next_token_loss
+from circuits.tasks.base import Task
 from circuits.tasks.games import Game, GameBatch
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class State:
     def __post_init__(self) -> None:
         check_number("next_token", self.next_token, 0)
 
-    def check(self, task: Game) -> None:
+    def check(self, task: Task | Game) -> None:
         """Return nothing.
 
         Raises:

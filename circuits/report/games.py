@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 
@@ -47,6 +47,7 @@ CURVES = (
 )
 
 
+@runtime_checkable
 class Placing(Protocol):
     """What keeps figures for the page."""
 

@@ -54,8 +54,9 @@ def test_a_batch_depends_on_nothing_but_its_arguments() -> None:
 def test_nothing_behind_a_held_out_state_is_trained_on_and_all_of_it_is_tested() -> None:
     played = NIM.sample(300, generator=generator())
     learn, test = to_learn(NIM, played), to_test(NIM, played)
-    assert NIM.held is not None
-    held = NIM.held.contains(learn.states.flatten(0, 1)).view(learn.scored.shape)
+    kept = NIM.held()
+    assert kept is not None
+    held = kept.contains(learn.states.flatten(0, 1)).view(learn.scored.shape)
     assert not (held & learn.scored).any()
     assert not (learn.scored & test.scored).any()
     assert torch.equal(learn.scored | test.scored, played.counted[:, 1:])
@@ -71,8 +72,7 @@ def test_the_overlap_of_states_is_that_of_the_positions_that_count() -> None:
     found = games.overlap(seen, unseen)
     own, other = ({tuple(s) for s in b.states[b.scored].tolist()} for b in (seen, unseen))
     assert (found.train, found.test, found.shared) == (len(own), len(other), len(own & other))
-    assert NIM.held is not None
-    assert not ({tuple(s) for s in NIM.held.states.tolist()} & own)
+    assert not ({tuple(s) for s in NIM.held().states.tolist()} & own)
     # training goes on: what it can reach around the held-out states is more than these sequences show
     overlap = training.accuracies(small(NIM), NIM)["state_overlap"]
     assert found.share - 1e-6 <= overlap < 1
@@ -149,9 +149,8 @@ def test_simulating_the_move_taken_is_simulating_all_moves_at_it() -> None:
     where = tokens[all_rows, 0] == all_columns
     assert torch.equal(all_rows[where], rows) and torch.equal(features[where], taken) and not columns.any()
     # a state that is held out is no label, of any move
-    assert NIM.held is not None
-    reached = NIM.state_of(features)
-    assert not NIM.held.contains(reached).any()
+        reached = NIM.state_of(features)
+    assert not NIM.held().contains(reached).any()
     # each label is the state that the engine steps to
     assert torch.equal(features, NIM.state_features(NIM.step(states[all_rows], all_columns)))
 
@@ -179,8 +178,7 @@ def test_the_value_is_who_wins_in_the_end() -> None:
     _, cache = model.run_with_cache(batch.inputs, names_filter=["blocks.1.hook_resid_post"])
     logits = head(cache["blocks.1.hook_resid_post"])
     wins = NIM.winner(batch.games.final_states)
-    assert NIM.held is not None
-    around = ~NIM.held.visits(batch.games).any(1)
+    around = ~NIM.held().visits(batch.games).any(1)
     terms = [F.cross_entropy(logits[n, t], wins[n]) for n, t in batch.scored.nonzero().tolist() if around[n]]
     assert 0 < len(terms) < int(batch.scored.sum())
     loss = objective.loss(model, NIM, batch, generator=generator(), head=head).value

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 def outcome_loss(model: HookedModel, game: Game, batch: GameBatch, head: LinearHead) -> Loss:
     """Return the mean cross-entropy of the outcome, at positions that count of sequences without a held-out state."""
     counts = batch.scored
-    if game.held is not None:
+    held = game.held()
+    if held is not None:
         # what comes of a sequence through a held-out state is known from behind it
-        counts = counts & ~game.held.visits(batch.games).any(1, keepdim=True)
+        counts = counts & ~held.visits(batch.games).any(1, keepdim=True)
     outcomes = game.outcome(batch.games.final_states)[:, None].expand_as(counts)[counts]
     logits = head(logits_and_residual(model, batch.inputs)[1][counts])
     if not len(outcomes):

@@ -107,7 +107,8 @@ def next_features(
     """Return the rows and columns of the legal moves to states that are not held out, and those states' features."""
     rows, columns = legal.nonzero(as_tuple=True)
     reached = game.step(states[rows], tokens[rows, columns])
-    if game.held is not None:
-        seen = ~game.held.contains(reached)
+    held = game.held()
+    if held is not None:
+        seen = ~held.contains(reached)
         rows, columns, reached = rows[seen], columns[seen], reached[seen]
     return rows, columns, game.state_features(reached)

@@ -99,11 +99,12 @@ def _overlap(game: Game, policy: str) -> float:
     """
     unseen = evaluation_batch(game, policy, unseen=True)
     states = unseen.states[unseen.scored].unique(dim=0)
-    if game.held is None:
+    held = game.held()
+    if held is None:
         return 1.0
     if game.n_states is None:
         seen = training_batch(game, policy, MANY, seed=0, step=0)
         return overlap(seen, unseen).share
     table = automaton(game)
-    trained = reached_without(table, game.held.contains(table.states))
+    trained = reached_without(table, held.contains(table.states))
     return float(trained[table.rows(game.state_id(states))].float().mean()) if len(states) else 0.0

@@ -221,7 +221,6 @@ class Game(Hashable, Protocol):
         """The same tokens under other rules, for tests of adaptation; None where there is no such variant."""
         ...
 
-    @property
     def held(self) -> HeldOut | None:
         """The states that are kept from training; None where there are none."""
         ...

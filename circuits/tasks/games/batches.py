@@ -69,16 +69,17 @@ def to_learn(game: Game, games: Games) -> GameBatch:
 
 def to_test(game: Game, games: Games) -> GameBatch:
     """Return sequences to test on: they count from the first held-out state on, or all where none is held out."""
-    if game.held is None:
+    if game.held() is None:
         return GameBatch(games, games.counted[:, 1:])
     return GameBatch(games, games.counted[:, 1:] & _after_held_out(game, games))
 
 
 def _after_held_out(game: Game, games: Games) -> Bool[Tensor, "n length"]:
     """Where a sequence is in a held-out state or has been in one."""
-    if game.held is None:
+    held = game.held()
+    if held is None:
         return torch.zeros_like(games.counted[:, 1:])
-    return game.held.visits(games)[:, 1:].cummax(1).values
+    return held.visits(games)[:, 1:].cummax(1).values
 
 
 def training_batch(game: Game, policy: str, n: int, *, seed: int, step: int) -> GameBatch:
@@ -113,7 +114,7 @@ def evaluation_batch(game: Game, policy: str, *, unseen: bool) -> GameBatch:
         UnknownName: the game has no such policy.
     """
     generator = torch.Generator().manual_seed(int(unseen))
-    if game.held is None or not unseen:
+    if game.held() is None or not unseen:
         return (to_test if unseen else to_learn)(game, game.sample(EVALUATED, policy=policy, generator=generator))
     batch = to_test(game, game.sample(4 * EVALUATED, policy=policy, generator=generator))
     return batch.take(batch.scored.any(1).nonzero()[:EVALUATED, 0])

@@ -61,14 +61,17 @@ class Engine(ABC):
         check_share("held_out", self.held_out, zero=True)
         check_integer("split_seed", self.split_seed, 0, 2**63 - 1)
 
-    @functools.cached_property
     def held(self) -> HeldOut | None:
         """The states that are kept from training; None where there are none.
 
         Raises:
             BadInput: ``held_out`` leaves no state but the initial one.
         """
-        return self.held_out_states(self.held_out, self.split_seed) if self.held_out else None
+        return self._held if self.held_out else None
+
+    @functools.cached_property
+    def _held(self) -> HeldOut:
+        return self.held_out_states(self.held_out, self.split_seed)
 
     @property
     @abstractmethod

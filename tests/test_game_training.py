@@ -149,7 +149,7 @@ def test_simulating_the_move_taken_is_simulating_all_moves_at_it() -> None:
     where = tokens[all_rows, 0] == all_columns
     assert torch.equal(all_rows[where], rows) and torch.equal(features[where], taken) and not columns.any()
     # a state that is held out is no label, of any move
-        reached = NIM.state_of(features)
+    reached = NIM.state_of(features)
     assert not NIM.held().contains(reached).any()
     # each label is the state that the engine steps to
     assert torch.equal(features, NIM.state_features(NIM.step(states[all_rows], all_columns)))

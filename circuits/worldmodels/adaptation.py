@@ -38,7 +38,7 @@ def adaptation(
     of the share of exact sets of legal moves, at positions of new play where the old rules allow other moves; NaN where
     the game has no such variant.
 
-    Formula: mean over n of mean over prefixes with A'(s') != A(s) of 1[{a : p(a) > 1 / (2 |A'|)} = A'].
+    Formula: mean over n of mean over prefixes with A'(s') != A(s) of 1[{a : p(a) > 1 / (2 n(A'))} = A'].
 
     Args:
         model: a hooked model of one's own, which stays as it is: copies are trained.

@@ -36,7 +36,7 @@ def legal_actions(
     and where it has just ended, and ``worst_set``: the share of exact sets where the set of legal tokens is the one
     that is known worst.
 
-    Formula: exact = mean over prefixes of 1[{a : p(a) > 1 / (2 |A|)} = A].
+    Formula: exact = mean over prefixes of 1[{a : p(a) > 1 / (2 n(A))} = A], n the number of tokens.
 
     Args:
         model: any hooked model that reads the game's tokens.

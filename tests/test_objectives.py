@@ -143,7 +143,7 @@ def test_random_reward_has_no_gradient_on_average():
     assert float((z > 4).float().mean()) < 0.01
 
 
-@pytest.mark.parametrize("name", sorted(objectives.OBJECTIVES))
+@pytest.mark.parametrize("name", sorted(objectives.OBJECTIVES.keys() - {"legal-set", "simulate", "state"}))
 def test_every_objective_reaches_every_parameter_and_round_trips(name):
     model = Transformer(MODEL.config, seed=1)
     objective = objectives.get(name)

@@ -44,7 +44,7 @@ def test_who_knows_the_state_has_the_highest_value_of_every_statistic(game: game
         assert found[name].value == 1
     assert found["counterfactual"].value > 0.95
     # tables of one entry for each state: a state that was not met has no direction, and a move no map for it
-    assert found["intervention"].details["reachable"] > 0.8
+    assert found["intervention"].details["reachable"] > 0.6
     assert found["latent-rollout"].value > (0.95 if game == LATTICE else 0.6)
     assert found["myhill-nerode"].details["distinction_recall"] == 1
     assert found["myhill-nerode"].details["distinction_precision"] == 1

@@ -241,4 +241,7 @@ def from_table(kind: str, table: Mapping[str, type], name: str, parameters: Mapp
     for parameter in parameters:
         if parameter not in known:
             raise UnknownName(f"parameter of {key}", parameter, known)
-    return table[key](**parameters)
+    # TOML and JSON have lists alone
+    return table[key](
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in parameters.items()}
+    )

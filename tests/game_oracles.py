@@ -48,14 +48,17 @@ class Oracle(HookedRootModule):
         )
         self.setup()
 
-    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+    def known(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """What is known behind each token, one-hot."""
         rows = torch.zeros(len(tokens), dtype=torch.int64)
         seen = []
         for token in tokens.unbind(1):
             rows = self.successors[rows.clamp_min(0), token]
             seen.append(rows.clamp_min(0))
-        stream = torch.nn.functional.one_hot(self.codes[torch.stack(seen, 1)], self.cfg.d_model).float()
-        return self.blocks[0](stream) @ self.W_U
+        return torch.nn.functional.one_hot(self.codes[torch.stack(seen, 1)], self.cfg.d_model).float()
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+        return self.blocks[0](self.known(tokens)) @ self.W_U
 
 
 def knows_state(game: Game) -> Oracle:
@@ -80,13 +83,7 @@ class NeuronOracle(Oracle):
         self.setup()
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
-        rows = torch.zeros(len(tokens), dtype=torch.int64)
-        seen = []
-        for token in tokens.unbind(1):
-            rows = self.successors[rows.clamp_min(0), token]
-            seen.append(rows.clamp_min(0))
-        neurons = torch.nn.functional.one_hot(self.codes[torch.stack(seen, 1)], self.cfg.d_model).float()
-        return self.blocks[0](self.blocks[0].mlp.hook_post(neurons)) @ self.W_U
+        return self.blocks[0](self.blocks[0].mlp.hook_post(self.known(tokens))) @ self.W_U
 
 
 def knows_state_by_neurons(game: Game) -> NeuronOracle:

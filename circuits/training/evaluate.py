@@ -73,9 +73,8 @@ def game_accuracies(model: Transformer, game: Game, *, policy: str) -> dict[str,
 
     ``accuracy_train``, ``accuracy_random``: share of positions at which the most probable token is legal.
     ``exact_legal_set``: share of unseen positions at which exactly the legal tokens have more than half of the
-    probability that each would have if all legal ones had the same. ``state_overlap``: share of the states at unseen
-    positions that are states at positions as in training, too; 0 where states are held out and none behind them is
-    known.
+    probability that each would have if all legal ones had the same. ``state_overlap``: share of the different states
+    at unseen positions that positions in training can have, too: behind a held-out state come others that are not.
     """
     device = next(model.parameters()).device
     found: dict[str, float] = {}

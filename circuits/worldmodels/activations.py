@@ -92,13 +92,15 @@ def last_probabilities(
     return next_probabilities(model, tokens[:, : int(lengths.max())], game)[rows, lengths - 1]
 
 
-def top_sets(probabilities: Float[Tensor, "n d_vocab"], sizes: Int[Tensor, " n"]) -> Bool[Tensor, "n d_vocab"]:
+def top_sets(
+    probabilities: Float[Tensor, "*batch d_vocab"], sizes: Int[Tensor, "*batch"]
+) -> Bool[Tensor, "*batch d_vocab"]:
     """Return the so many most probable tokens of each row.
 
     Source: the top-N prediction of Li et al. 2023 (arXiv 2210.13382), section 4.
     """
-    ranks = probabilities.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return ranks < sizes[:, None]
+    ranks = probabilities.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return ranks < sizes[..., None]
 
 
 def set_errors(probabilities: Float[Tensor, "n d_vocab"], legal: Bool[Tensor, "n d_vocab"]) -> Float[Tensor, " n"]:

@@ -91,19 +91,20 @@ def intervention(model: HookedModel, game: Game, *, cases: int = CASES, seed: in
     streams = {k: fit.at(s) for k, s in residuals(model, fit.games.tokens, [-1, *layers]).items()}
     editor = Editor(model, {k: float((s - s.mean(0)).norm(dim=1).mean()) for k, s in streams.items()})
     probes = {k: fit_probe(streams[k], fit.features, game.feature_sizes) for k in layers}
-    tried = {(k, c): editor.success(dev, directions(probes[k], dev), k, c) for k in layers for c in SCALES}
+    unedited, null = (errors(model, part, 0, torch.zeros(len(part), 1)) for part in (dev, test))
+    tried = {(k, c): editor.success(dev, unedited, directions(probes[k], dev), k, c) for k in layers for c in SCALES}
     layer, scale = max(tried, key=lambda setting: tried[setting])
     along = directions(probes[layer], test)
-    by_case, null = editor.errors(test, along, layer, scale), editor.errors(test, along, layer, 0.0)
+    by_case = editor.errors(test, along, layer, scale)
     nonsense = fit_probe(streams[layer], shuffled_labels(fit.features, fit.state, seed), game.feature_sizes)
     random = torch.randn(along.shape, generator=torch.Generator().manual_seed(seed))
     controls = {
-        "random direction": editor.success(test, random, layer, scale),
-        "random labels": editor.success(test, directions(nonsense, test), layer, scale),
-        "before the first block": editor.success(test, along, -1, scale),
+        "random direction": editor.success(test, null, random, layer, scale),
+        "random labels": editor.success(test, null, directions(nonsense, test), layer, scale),
+        "before the first block": editor.success(test, null, along, -1, scale),
     }
     own_space, other_space = _interchange(model, test, probes[layer], layer, seed)
-    doses = tuple(editor.success(test, along, layer, c) for c in SCALES)
+    doses = tuple(editor.success(test, null, along, layer, c) for c in SCALES)
     return Reading(
         "intervention",
         float(1 - by_case.sum() / null.sum()),
@@ -140,10 +141,11 @@ class Editor:
         """Return the errors of the top-N prediction against the edited states' legal moves."""
         return errors(self.model, cases, layer, self.moved(along, layer, scale))
 
-    def success(self, cases: Edits, along: Float[Tensor, "m d"], layer: int, scale: float) -> float:
-        """Return the share of the errors that the edit undoes; negative where it makes more."""
-        null = self.errors(cases, along, layer, 0.0).sum().clamp_min(1)
-        return float(1 - self.errors(cases, along, layer, scale).sum() / null)
+    def success(
+        self, cases: Edits, null: Float[Tensor, " m"], along: Float[Tensor, "m d"], layer: int, scale: float
+    ) -> float:
+        """Return the share of the errors without an edit, ``null``, that it undoes; negative where it makes more."""
+        return float(1 - self.errors(cases, along, layer, scale).sum() / null.sum().clamp_min(1))
 
 
 def edits(game: Game, n: int, *, seed: int, legality: bool = True) -> Edits:

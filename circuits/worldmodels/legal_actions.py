@@ -114,11 +114,9 @@ def fan_out(model: HookedModel, game: Game, *, policy: str | None = None, n: int
     policy = policy or game.policies[0]
     pool = sample_prefixes(game, n, seed=seed + 23, policy=policy)
     pool = pool.take((pool.lengths < game.n_ctx).nonzero()[:, 0]).draw(400, torch.Generator().manual_seed(seed))
-    which, moves = pool.legal.nonzero(as_tuple=True)
-    tokens = torch.cat((pool.tokens[which], moves[:, None]), 1)
-    tokens[torch.arange(len(which)), pool.lengths[which]] = moves
+    which, moves, tokens = pool.with_every_move()
     legal = game.legal(game.step(pool.states[which], moves))
-    fine = top_legal(last_probabilities(model, tokens[:, : game.n_ctx], pool.lengths[which] + 1, game), legal).double()
+    fine = top_legal(last_probabilities(model, tokens, pool.lengths[which] + 1, game), legal).double()
     own = last_probabilities(model, pool.tokens, pool.lengths, game)
     unlikely = own.masked_fill(~pool.legal, torch.inf).argmin(1)
     found = {}

@@ -11,8 +11,8 @@ from torch import Tensor
 from circuits.errors import BadInput
 from circuits.model import HookedModel
 from circuits.tasks.games import Game
-from circuits.tasks.games.automaton import NOWHERE, rows_of
-from circuits.worldmodels.activations import check_fits, last_probabilities, mean_interval, next_probabilities
+from circuits.tasks.games.automaton import NOWHERE, Automaton, rows_of
+from circuits.worldmodels.activations import check_fits, last_probabilities, mean_interval, next_probabilities, top_sets
 from circuits.worldmodels.boundary import boundary, minimal_classes, table_of
 from circuits.worldmodels.prefixes import Prefixes, distinct, sample_prefixes
 from circuits.worldmodels.reading import NAN, Curve, Reading
@@ -43,8 +43,7 @@ class Acceptance:
     ) -> Bool[Tensor, "*batch d_vocab"]:
         """Return the tokens that are taken for possible, where ``sizes`` are the numbers of legal ones."""
         if self.rule == "top":
-            ranks = probabilities.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-            return ranks < sizes[..., None]
+            return top_sets(probabilities, sizes)
         if self.rule == "share":
             return probabilities > self.threshold / sizes[..., None].clamp_min(1)
         return probabilities > self.threshold
@@ -160,8 +159,7 @@ def _continue(
     """Continuations that the network draws after some prefixes among the tokens that it takes for possible."""
     table = table_of(game)
     lengths, at = pool.lengths[starts], rows[starts]
-    tokens = torch.zeros(len(starts), int(lengths.max()) + length, dtype=torch.int64)
-    tokens[:, : pool.tokens.shape[1]] = pool.tokens[starts][:, : tokens.shape[1]]
+    tokens = _with_room(pool, starts, length)
     each = torch.arange(len(starts))
     drawn = []
     for step in range(length):
@@ -174,8 +172,22 @@ def _continue(
         token = torch.multinomial(weights, 1, generator=generator)[:, 0]
         tokens[each, lengths + step] = token
         drawn.append(token)
-        at = torch.where(at == NOWHERE, NOWHERE, table.successors[at.clamp_min(0), token])
+        at = _after(table, at, token)
     return torch.stack(drawn, 1)
+
+
+def _with_room(pool: Prefixes, starts: Tensor, length: int) -> Int[Tensor, "m room"]:
+    """The tokens of some prefixes, with room for so many more behind each."""
+    whole = pool.tokens[starts]
+    tokens = whole.new_zeros(len(starts), int(pool.lengths[starts].max()) + length)
+    width = min(tokens.shape[1], whole.shape[1])
+    tokens[:, :width] = whole[:, :width]
+    return tokens
+
+
+def _after(table: Automaton, at: Int[Tensor, " m"], token: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
+    """The rows of the states behind one more token; what is nowhere stays there."""
+    return torch.where(at == NOWHERE, NOWHERE, table.successors[at.clamp_min(0), token])
 
 
 def _accepted(
@@ -191,16 +203,14 @@ def _accepted(
     table = table_of(game)
     lengths, at = pool.lengths[starts], rows[starts]
     length = strings.shape[1]
-    tokens = torch.zeros(len(starts), int(lengths.max()) + length, dtype=torch.int64)
-    width = min(tokens.shape[1], pool.tokens.shape[1])
-    tokens[:, :width] = pool.tokens[starts][:, :width]
+    tokens = _with_room(pool, starts, length)
     tokens.scatter_(1, lengths[:, None] + torch.arange(length), strings)
     probabilities = next_probabilities(model, tokens, game)
     where = (lengths - 1)[:, None] + torch.arange(length)
     sizes = []
     for token in strings.unbind(1):
         sizes.append(table.legal[at.clamp_min(0)].sum(1))
-        at = torch.where(at == NOWHERE, NOWHERE, table.successors[at.clamp_min(0), token])
+        at = _after(table, at, token)
     possible = accept(probabilities[torch.arange(len(starts))[:, None], where], torch.stack(sizes, 1))
     # A game that is over only waits: what the network makes of that is not asked.
     return possible.gather(2, strings[..., None])[..., 0] | _waits(game, strings), possible
@@ -306,7 +316,7 @@ def _legal_until(game: Game, at: Tensor, strings: Int[Tensor, "m length"]) -> Bo
     table = table_of(game)
     alive = []
     for token in strings.unbind(1):
-        at = torch.where(at == NOWHERE, NOWHERE, table.successors[at.clamp_min(0), token])
+        at = _after(table, at, token)
         alive.append(at != NOWHERE)
     return torch.stack(alive, 1)
 

@@ -49,11 +49,8 @@ def next_state(model: HookedModel, game: Game, *, n: int = 200, seed: int = 0) -
     probe = probe_at(model, game, layer, seed=seed)
     pool = sample_prefixes(game, n, seed=seed + 41)
     pool = pool.take((pool.lengths < game.n_ctx).nonzero()[:, 0]).draw(PREFIXES, torch.Generator().manual_seed(seed))
-    which, moves = pool.legal.nonzero(as_tuple=True)
-    tokens = torch.cat((pool.tokens[which], moves[:, None]), 1)
-    rows = torch.arange(len(which))
-    tokens[rows, pool.lengths[which]] = moves
-    stream = residuals(model, tokens[:, : game.n_ctx], [layer])[layer][rows, pool.lengths[which]]
+    which, moves, tokens = pool.with_every_move()
+    stream = residuals(model, tokens, [layer])[layer][torch.arange(len(which)), pool.lengths[which]]
     reached = game.step(pool.states[which], moves)
     after, changed = game.state_features(reached), game.changed_features(pool.states[which], reached)
     right = (probe.predict(stream) == after) & changed
@@ -98,11 +95,11 @@ def latent_rollout(model: HookedModel, game: Game, *, n: int = 600, seed: int = 
     fit, test = (sample_prefixes(game, k, seed=seed + s, over=True) for k, s in ((n, 51), (n // 3, 53)))
     streams = [residuals(model, part.games.tokens, [layer])[layer] for part in (fit, test)]
     maps = _maps(fit, streams[0])
-    accuracy, persistence, counts = [], [], []
-    now, moves = streams[1][:, :-1], test.games.tokens
+    accuracy, persistence = [], []
+    still, moves = streams[1][:, :-1], test.games.tokens
     starts = torch.arange(moves.shape[1] - 1)
     alive = test.games.counted[:, 1:-1].clone()
-    state, still = now.clone(), now
+    state = still
     per_start: Tensor = torch.zeros(0)
     for depth in range(1, ROLLOUT + 1):
         ends = starts + depth
@@ -121,7 +118,6 @@ def latent_rollout(model: HookedModel, game: Game, *, n: int = 600, seed: int = 
         hits = (probe.predict(state[alive]) == truth).float().mean(1)
         accuracy.append(float(hits.mean()))
         persistence.append(_accuracy(probe, still[alive], truth))
-        counts.append(float(len(truth)))
         per_start = hits
     depths = tuple(float(d) for d in range(1, len(accuracy) + 1))
     return Reading(

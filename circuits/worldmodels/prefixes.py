@@ -70,6 +70,13 @@ class Prefixes:
         """Return rows of ``[sequence, position, ...]`` for each prefix."""
         return activations[self.row, self.position]
 
+    def with_every_move(self) -> tuple[Int[Tensor, " k"], Int[Tensor, " k"], Int[Tensor, "k length"]]:
+        """Return, for each legal move after each prefix: which prefix, the move, and the sequence with it there."""
+        which, moves = self.legal.nonzero(as_tuple=True)
+        tokens = torch.cat((self.tokens[which], moves[:, None]), 1)
+        tokens[torch.arange(len(which)), self.lengths[which]] = moves
+        return which, moves, tokens[:, : self.game.n_ctx]
+
     def draw(self, n: int, generator: torch.Generator) -> Prefixes:
         """Return at most ``n`` of the prefixes, drawn without replacement."""
         return self.take(torch.randperm(len(self), generator=generator)[:n])

@@ -202,11 +202,10 @@ def judge(
     their distance is less than ``informative``, or than two standard errors.
 
     ``not-learned``: too much probability is on illegal moves. ``heuristic``: two or more of distinguishes, compresses,
-    follows counterfactuals and holds off-policy are no better than half way from the untrained network.
-    ``world-model``: it
-    distinguishes states as the network that was told them, is not shown (by the upper end of its interval) to compress
-    or to use the state less, has none of the others low and no off-policy gap. ``undetermined``: fewer than two of
-    these say anything, or all that do are high and ``distinguishes`` is not among them. ``mixed``: none of it.
+    follows counterfactuals and holds off-policy are no better than half way from the untrained network. ``world-
+    model``: it distinguishes states as the network that was told them, is not shown (by the upper end of its interval)
+    to compress or to use the state less, has none of the others low and no off-policy gap. ``undetermined``: fewer than
+    two of these say anything, or all that do are high and ``distinguishes`` is not among them. ``mixed``: none of it.
 
     Source: ours; thresholds in ``Thresholds``, held to known players as docs/world-models.md says.
     """

@@ -97,8 +97,8 @@ def template() -> go.layout.Template:
             "colorway": list(SERIES),
             "xaxis": axis,
             "yaxis": axis,
-            "legend": {"orientation": "h", "y": -0.2, "yanchor": "top", "x": 0},
-            "margin": {"l": 60, "r": 20, "t": 70, "b": 50},
+            "legend": {"orientation": "h", "y": 0, "yref": "container", "yanchor": "bottom", "x": 0},
+            "margin": {"l": 60, "r": 20, "t": 70, "b": 100},
             "hoverlabel": {"font": {"family": FONT}},
         },
     )

@@ -19,6 +19,7 @@ TEST_FILES = sorted((ROOT / "tests").rglob("test_*.py"))
 SIBLINGS_ALLOWED = {("model", part) for part in ("_layers", "_convert", "_io")} | {
     ("reference", "tasks"),
     ("reference", "model"),
+    ("_decoding", "tasks"),
     ("runs", "objectives"),
     ("cli", "_commands"),
     ("cli", "_arguments"),

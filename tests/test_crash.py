@@ -269,20 +269,6 @@ def complete(driver: Driver, folder: Path) -> pd.DataFrame:
     return numbers(folder)
 
 
-def test_the_command_line_survives_a_kill_of_its_process_group(
-    driver: Driver, undisturbed: Undisturbed, preset: Path, tmp_path: Path
-) -> None:
-    command = [sys.executable, "-m", "circuits.cli", "study", str(preset), "--out", str(tmp_path)]
-    first = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("runs/*/config.json")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.killpg(first.pid, signal.SIGKILL)
-    assert first.wait() == -signal.SIGKILL
-    pd.testing.assert_frame_equal(complete(driver, tmp_path), undisturbed.table)
-    assert weights(tmp_path) == undisturbed.weights
-
-
 def test_workers_end_with_the_study_that_started_them(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"

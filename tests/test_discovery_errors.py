@@ -82,11 +82,45 @@ def test_no_analysis_changes_the_model_or_the_callers_hooks_even_when_it_fails(a
 
 def test_frozen_parameters_and_inference_mode_make_no_difference() -> None:
     model, pairs = build(), some_pairs()
-    expected = eap(model, pairs).scores
+    for name in discovery.METHODS:
+        expected = discovery.attribute(model, pairs, method=name, **few_steps(name)).scores
+        with torch.inference_mode():
+            assert torch.equal(discovery.attribute(model, pairs, method=name, **few_steps(name)).scores, expected), name
     with torch.inference_mode():
-        assert torch.equal(eap(model, pairs).scores, expected)
+        discovery.node_attribution(model, pairs, steps=3)
+        discovery.attention_patterns(model, pairs, steps=3)
+        discovery.optimal_constants(model, pairs, steps=2)
+    expected = eap(model, pairs).scores
     model.requires_grad_(False)
     assert torch.equal(eap(model, pairs).scores, expected)
+
+
+@pytest.mark.parametrize(("detour", "message"), [(False, "is not there"), (True, "is never reached in a run")])
+def test_a_model_without_a_hook_is_refused_by_name(detour: bool, message: str) -> None:
+    model, pairs = build(), some_pairs()
+    if detour:
+        model.blocks[0].hook_resid_pre = torch.nn.Identity()
+    else:
+        del model.hook_dict["blocks.0.hook_resid_pre"]
+    with pytest.raises(UnsupportedModel, match=rf"blocks\.0\.hook_resid_pre of Transformer {message}"):
+        eap(model, pairs)
+
+
+def test_effects_that_are_all_zero_are_a_result_where_the_metric_can_change() -> None:
+    model, pairs = build(), some_pairs()
+
+    def constant(logits: Tensor, pairs: Pairs) -> Tensor:
+        return torch.ones(len(pairs))
+
+    def is_the_corrupt_run(logits: Tensor, pairs: Pairs) -> Tensor:
+        corrupt = model(pairs.corrupt)[torch.arange(len(pairs)), pairs.position].detach()
+        return ((logits - corrupt).abs().amax(-1) < 1e-4).float()
+
+    path = ("embed", "a0.h1.v", "logits")
+    assert not discovery.exact(model, pairs, is_the_corrupt_run).scores.any()
+    assert discovery.path_patching(model, pairs, path, is_the_corrupt_run).score == 0
+    with pytest.raises(BadInput, match="no ablation changes metric constant at all"):
+        discovery.path_patching(model, pairs, path, constant)
 
 
 def test_half_precision_scores_are_near_the_full_ones() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -11,12 +12,28 @@ from torch import Tensor
 
 from circuits.discovery.gradient_rules import GradientRules, Rewriting
 from circuits.discovery.metrics import Metric, measure, name_of
-from circuits.discovery.sites import Layer, Neurons, Sites, check_exact
+from circuits.discovery.sites import Layer, Neurons, Sites, check_exact, check_hooks
 from circuits.errors import BadInput
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
 
 Store = dict[str, Tensor]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def outside_inference_mode(function: Function) -> Function:
+    """Return a function that works where its caller is in inference mode too: what it makes may have gradients."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return cast(Function, called)
+
+
 ALL = slice(None)
 
 
@@ -35,10 +52,15 @@ def check_model(model: HookedModel, sites: Sites, tokens: Int[Tensor, "batch pos
 
 
 def values_at(model: HookedModel, names: Sequence[str], tokens: Int[Tensor, "batch pos"]) -> Store:
-    """Return the activations at some hooks, by name, without gradients."""
+    """Return the activations at some hooks, by name, without gradients.
+
+    Raises:
+        UnsupportedModel: the model passes one of them by.
+    """
     store: Store = {}
     with torch.no_grad(), model.hooks(fwd_hooks=[(name, _keep(store, name)) for name in names]):
         model(tokens)
+    check_hooks(model, names, store, "is never reached in a run")
     return store
 
 
@@ -91,6 +113,7 @@ def gradients(
             model.hooks(fwd_hooks=[(sites.embed, start), *before, *hooks, *after]),
         ):
             logits = model(tokens)
+        check_hooks(model, [*sites.all_hooks, *at], store, "is never reached in a run")
         total = measure(metric, logits, pairs).sum()
         if not total.requires_grad:
             raise BadInput(f"metric {name_of(metric)} does not depend on the logits: expected a differentiable one")

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.discovery.activations import Store
+from circuits.discovery.activations import Store, outside_inference_mode
 from circuits.discovery.attribution import along_inputs, effects_of, integration_points
 from circuits.discovery.circuit import mean_interval
 from circuits.discovery.edge_products import Product
@@ -69,6 +69,7 @@ class PatternAttribution:
         return self.to_frame().head(15).to_html(float_format=lambda v: f"{v:+.4f}", index=False)
 
 
+@outside_inference_mode
 def attention_patterns(
     model: HookedModel,
     pairs: Pairs,

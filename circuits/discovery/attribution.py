@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.discovery.activations import Store, gradients, source_differences, values_at
+from circuits.discovery.activations import Store, gradients, outside_inference_mode, source_differences, values_at
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.edge_products import Product, edge_product, product_by_position
 from circuits.discovery.gradient_rules import GradientRules, ruled_sites, rules_details, rules_of
@@ -142,6 +142,7 @@ def source_effects(
     return sites, effects
 
 
+@outside_inference_mode
 def effects_of(
     model: HookedModel,
     sites: Sites,

@@ -195,17 +195,19 @@ def _patching(setting: Setting, blocks: Blocks, rows: Tensor, position: int, mem
     else:
         replaced = {name: fitting(t, rows, length) for name, t in setting.replaced.items()}
     changes = source_differences(sites, replaced, values)
-    for name, change in zip(sites.graph.sources, changes, strict=True):
-        if not bool(torch.isfinite(change).all()):
-            raise BadInput(f"the output of source {name} is not finite: check the model's weights")
+    extremes = torch.stack(torch.aminmax(changes))  # no copies of them all, as isfinite makes
+    if not bool(torch.isfinite(extremes).all()):
+        wrong = changes.flatten(1).isfinite().all(1).logical_not().nonzero()[0]
+        name = sites.graph.sources[int(wrong)]
+        raise BadInput(f"the output of source {name} is not finite: check the model's weights")
 
     def measured(logits: Tensor) -> Tensor:
         return torch.stack(
             [measure_at_answers(setting.metric, own, part) for own in logits.unflatten(0, (-1, len(rows)))]
         )
 
-    chunk = sets_at_a_time(sites, setting.model, length, len(rows), memory_budget)
-    return Patching(blocks, values, changes.to(values[sites.embed].dtype), position, measured, chunk)
+    chunk, of_one = (sets_at_a_time(sites, model, n, len(rows), memory_budget) for n in (length, 1))
+    return Patching(blocks, values, changes.to(values[sites.embed].dtype), position, measured, chunk, of_one)
 
 
 def fitting(tensor: Tensor, rows: Tensor, length: int) -> Tensor:

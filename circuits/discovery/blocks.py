@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.discovery.activations import Store
-from circuits.discovery.sites import Sites
+from circuits.discovery.sites import Sites, check_hooks
 from circuits.errors import UnsupportedModel
 from circuits.model import HookedModel, Transformer, module_of
 
@@ -149,6 +149,46 @@ class Blocks:
         W_Q, W_K, _ = self.sites.layers[i].W
         return W_Q.shape[0] // W_K.shape[0]
 
+    def folds(self, i: int, at: slice, n: int) -> bool:
+        """Whether ``at`` is one position of ``n`` that sees every key, and no rotation parts keys from the stream.
+
+        What is read there needs neither keys nor values of the whole stream: ``key_directions`` and ``read_by_one``.
+        Where heads share keys, these are few, and as cheap.
+        """
+        pattern = self.patterns[i]
+        one = at.start is not None and at.stop == at.start + 1 and (not pattern.causal or at.stop == n)
+        return one and pattern.rotation is None and self.group(i) == 1
+
+    def key_directions(self, i: int, q: Float[Tensor, "row head 1 d_head"]) -> Float[Tensor, "row head d_model"]:
+        """Return the directions of the normalised stream that a query at one position attends to.
+
+        q . (x W_K + b_K) is x . (W_K q), up to a constant that softmax does not see: a product per head and position
+        instead of a key.
+        """
+        W_K = self.sites.layers[i].W[1]
+        return torch.einsum("rhd,hmd->rhm", q[:, :, 0], W_K.to(q.dtype))
+
+    def pattern_of_one(
+        self, i: int, directions: Float[Tensor, "row head d_model"], y: Float[Tensor, "row pos d_model"], at: slice
+    ) -> Float[Tensor, "row head pos"]:
+        """Return how a query at the one position ``at``, which sees every key, attends to ``y``."""
+        pattern = self.patterns[i]
+        weights = (torch.bmm(directions, y.transpose(1, 2)) * pattern.scale).softmax(-1)
+        if pattern.uniform is None:
+            return weights
+        n = y.shape[1]
+        return pattern.share * weights + (1 - pattern.share) * pattern.uniform[:n, :n][at]
+
+    def read_by_one(
+        self, i: int, weights: Float[Tensor, "row head pos"], y: Float[Tensor, "row pos d_model"]
+    ) -> Float[Tensor, "row head 1 d_head"]:
+        """Return what a query with these weights reads of ``y``: the values' projection is applied to their mean."""
+        layer = self.sites.layers[i]
+        z = torch.einsum("rhm,hmd->rhd", torch.bmm(weights, y), layer.W[2].to(y.dtype))
+        if layer.b[2] is not None:
+            z = z + weights.sum(-1, keepdim=True) * layer.b[2].to(y.dtype)
+        return z[:, :, None]
+
     def write(self, i: int, z: Float[Tensor, "row head pos d_head"]) -> Float[Tensor, "row pos d_model"]:
         """Return what the attention of block ``i`` adds to the stream."""
         layer = self.sites.layers[i]
@@ -166,16 +206,21 @@ class Blocks:
     def block(self, i: int, x: Float[Tensor, "row pos d_model"], at: slice = ALL) -> Float[Tensor, "row _ d_model"]:
         """Return the stream after block ``i``, at the positions ``at``, where ``x`` is the stream before it."""
         y = self.norm(i, x)
+        middle = x[:, at] + self.write(i, self._read(i, y, at))
+        if not self.has_mlp(i):
+            return middle
+        return middle + self.mlp(i, x[:, at] if self.parallel else middle)
+
+    def _read(self, i: int, y: Float[Tensor, "row pos d_model"], at: slice) -> Float[Tensor, "row head _ d_head"]:
+        """Return what the heads of block ``i`` read at the positions ``at`` of the normalised stream ``y``."""
         if at == ALL:
             q, k, v = self.project(i, y)
         else:
             (q,) = self.project(i, y[:, at], (0,), at)
+            if self.folds(i, at, y.shape[1]):
+                return self.read_by_one(i, self.pattern_of_one(i, self.key_directions(i, q), y, at), y)
             k, v = self.project(i, y, (1, 2))
-        z = self.patterns[i].read(q, self.share(i, k), self.share(i, v), at)
-        middle = x[:, at] + self.write(i, z)
-        if not self.has_mlp(i):
-            return middle
-        return middle + self.mlp(i, x[:, at] if self.parallel else middle)
+        return self.patterns[i].read(q, self.share(i, k), self.share(i, v), at)
 
     def finish(self, i: int, x: Float[Tensor, "row pos d_model"], position: int) -> Float[Tensor, "row d_vocab_out"]:
         """Return the logits at ``position``, where ``x`` is the stream before block ``i`` (after the last: there)."""
@@ -233,6 +278,7 @@ def activations_at(
 
     with torch.no_grad(), model.hooks(fwd_hooks=[(name, keep(name)) for name in names]):
         logits = model(tokens)
+    check_hooks(model, names, store, "is never reached in a run")
     return store, logits
 
 

@@ -24,6 +24,8 @@ SCHEMA = 3
 EARLIER = 2
 """The format before, whose files are read too: what they lack follows from the curve, but for intervals."""
 Interval = tuple[float, float]
+SETS_AT_A_TIME = 256
+"""Circuits of which all resamples are there at a time."""
 
 
 AREAS = {"cpr": "signed", "cpr_absolute": "absolute", "cmd": "absolute", "cmd_signed": "signed"}
@@ -196,15 +198,15 @@ def summarise(
         raise BadInput(f"metric {metric} is not finite on {bad} of {n} pairs: check the model and the metric")
     empty, full = ends_of_gap(table[0], table[1], metric)
     point = _share_of_gap(table, np.full((1, n), 1 / n))
-    draws = _share_of_gap(table, resampling_counts(n, seed=seed) / n)
     ends = np.cumsum([2, *(len(curve.sizes) for curve in curves)])
     parts = [slice(a, b) for a, b in itertools.pairwise(ends.tolist())]
-    curve = _frame(table, point, draws, curves, parts, connected)
+    spans, areas_drawn = _intervals(table, resampling_counts(n, seed=seed) / n, curves, parts)
+    curve = _frame(table, point, spans, curves, parts, connected)
     areas: dict[str, Any] = {}
     for name, ranking in AREAS.items():
         i = [c.ranking for c in curves].index(ranking)
         areas[name] = float(_area(name, curves[i].x, point[:, parts[i]])[0])
-        areas[f"{name}_interval"] = _span(_area(name, curves[i].x, draws[:, parts[i]]))
+        areas[f"{name}_interval"] = _span(areas_drawn[name])
     for name in ("cpr", "cmd"):
         random = [float(_area(name, c.x, point[:, p])[0]) for c, p in list(zip(curves, parts, strict=True))[2:]]
         areas[f"{name}_at_control"] = _at_control(curve, name, AREAS[name])
@@ -252,6 +254,29 @@ def _share_of_gap(
         return (metric - empty) / (full - empty)
 
 
+def _intervals(
+    table: Float[np.ndarray, "set pair"],
+    weights: Float[np.ndarray, "draw pair"],
+    curves: Sequence[Curve],
+    parts: Sequence[slice],
+) -> tuple[list[Interval], dict[str, Float[np.ndarray, " draw"]]]:
+    """The interval of each set of the two found curves, and each area in every draw; never all draws of all sets."""
+    spans: list[Interval] = []
+    areas = {name: np.zeros(len(weights)) for name in AREAS}
+    for i, part in enumerate(parts[:2]):
+        steps = np.diff(curves[i].x) / 2
+        trapezoid = np.append(steps, 0) + np.append(0, steps)
+        for first in range(part.start, part.stop, SETS_AT_A_TIME):
+            some = slice(first, min(first + SETS_AT_A_TIME, part.stop))
+            f = _share_of_gap(np.concatenate([table[:2], table[some]]), weights)[:, 2:]
+            spans += [_span(column) for column in f.T]
+            share = trapezoid[some.start - part.start : some.stop - part.start]
+            for name, ranking in AREAS.items():
+                if ranking == curves[i].ranking:
+                    areas[name] += (f if name.startswith("cpr") else np.abs(1 - f)) @ share
+    return spans, areas
+
+
 def _area(name: str, x: Sequence[float], f: Float[np.ndarray, "*draw size"]) -> np.ndarray:
     from scipy.integrate import trapezoid
 
@@ -283,7 +308,7 @@ def _span(draws: np.ndarray) -> Interval:
 def _frame(
     table: np.ndarray,
     point: np.ndarray,
-    draws: np.ndarray,
+    spans: Sequence[Interval],
     curves: Sequence[Curve],
     parts: Sequence[slice],
     connected: Sequence[int],
@@ -293,7 +318,7 @@ def _frame(
     rows: list[dict[str, Any]] = []
     for curve, part in list(zip(curves, parts, strict=True))[:2]:
         for i, (share, size) in enumerate(zip(curve.x, curve.sizes, strict=True), part.start):
-            low, high = _span(draws[:, i])
+            low, high = spans[i - 2]
             rows.append(_row(curve.ranking, size, connected[i], share, table[i].mean(), point[0, i], low, high))
     control = parts[2:]
     for j, (share, size) in enumerate(zip(curves[2].x, curves[2].sizes, strict=True)):

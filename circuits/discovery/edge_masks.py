@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.discovery.ablate import ablated_logits_by_pair, name_of_ablation, replacement, shared_replacement
-from circuits.discovery.activations import check_model
+from circuits.discovery.activations import check_model, outside_inference_mode
 from circuits.discovery.attribution import pair_slices
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.metrics import (
@@ -29,6 +29,7 @@ from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
 
 
+@outside_inference_mode
 def mask_circuit(
     model: HookedModel,
     pairs: Pairs,

@@ -38,6 +38,8 @@ EVERY_CONTROL_UP_TO = GRID + 1
 """Sizes of the curve up to which random circuits are evaluated at all of them."""
 FEW = 9
 """Sizes at which they are beyond that: the control is not read size by size."""
+MOST_HELD = 2**32
+"""Bytes that which circuit has which edge may take where no budget is given."""
 PRUNED_AT_A_TIME = 32 * 2**20
 """Bytes of the matrices, readers by sources, by which circuits are pruned."""
 
@@ -188,8 +190,9 @@ def faithfulness(
         n_random: Circuits of random edges that are evaluated alike, as the control; at least two. Of more than 25 sizes
             they have nine, and areas of the found circuits over those alone are given to compare.
         seed: Of the random circuits and of the bootstrap over pairs.
-        memory_budget: Bytes that the computation may take beside the model, its result included, but for the bootstrap,
-            which takes 8 KB for each pair and for each circuit. None: 512 MB at a time.
+        memory_budget: Bytes that the computation may take beside the model, its result and which circuit has which
+            edge included, but for the bootstrap, which takes 8 KB for each pair and circuit, and 6 MB. None: 512 MB at
+            a time beside which circuit has which edge.
         batch_size: Pairs at a time, at most.
         progress: Whether to show a bar.
 
@@ -213,7 +216,7 @@ def faithfulness(
 
     Raises:
         BadInput: the circuit is of another graph, the pairs do not line up, ablating all edges changes nothing, or the
-            budget does not hold one pair.
+            budget does not hold which circuit has which edge and one pair.
         UnknownName: no such ablation.
         UnsupportedModel: the model has a part that edges cannot represent.
     """
@@ -228,6 +231,7 @@ def faithfulness(
     counted = graph.counted(positions=positions)
     n_edges = int(counted.sum())
     x, sizes, said = _sizes(n_edges, len(pairs), shares)
+    held = _held(len(sizes), graph.n_edges, memory_budget)
     n_few = len(sizes) if len(sizes) <= EVERY_CONTROL_UP_TO else FEW
     few = np.linspace(0, len(sizes) - 1, n_few).round().astype(int).tolist()
     curves = [Curve("signed", x, sizes), Curve("absolute", x, sizes)]
@@ -238,7 +242,7 @@ def faithfulness(
     ends = torch.stack([torch.zeros_like(counted), counted])
     kept = [part | ~counted for part in (ends, *ranked, *random)]
     options: dict[str, Any] = {"ablation": ablation, "neurons": graph.has_neurons, "progress": progress}
-    options |= {"memory_budget": memory_budget, "batch_size": batch_size}
+    options |= {"memory_budget": None if memory_budget is None else memory_budget - held, "batch_size": batch_size}
     table = _table(model, pairs, kept, metric, nested=sizes == [*range(n_edges + 1)], **options)
     connected = [int(n) for part in (ends, *ranked, *random) for n in part.sum(1)]
     names = {"method": circuit.method, "metric": name_of(metric), "ablation": name_of_ablation(ablation)}
@@ -289,6 +293,22 @@ def _sizes(n_edges: int, n_pairs: int, shares: Sequence[float] | str | None) -> 
         sizes = sorted({0, *np.geomspace(1, n_edges, GRID).round().astype(int).tolist()})
         said = f"{len(sizes)} sizes in geometric progression"
     return [size / n_edges for size in sizes], sizes, said
+
+
+def _held(n_sizes: int, n_edges: int, memory_budget: int | None) -> int:
+    """Bytes that it takes to say which circuit has which edge: both rankings, and one of them once more.
+
+    Raises:
+        BadInput: there is no room for that.
+    """
+    held = 3 * n_sizes * n_edges
+    if held > (MOST_HELD if memory_budget is None else memory_budget):
+        room = f"more than the {MOST_HELD}" if memory_budget is None else f"more than memory_budget = {memory_budget}"
+        raise BadInput(
+            f"{n_sizes} circuits of {n_edges} edges take {held} bytes to say which has which, {room}: expected fewer "
+            f"shares, or None for {GRID + 1} of them"
+        )
+    return held
 
 
 def _pruned(

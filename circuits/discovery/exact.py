@@ -12,11 +12,14 @@ from tqdm.auto import tqdm
 
 from circuits.discovery.batches import Ablation, Setting, patchings, setting_of, whole_effects
 from circuits.discovery.circuit import Circuit
-from circuits.discovery.metrics import Metric, is_distance, logit_difference, name_of
+from circuits.discovery.metrics import Metric, is_distance, logit_difference, measure, name_of
 from circuits.discovery.patching import Patching
 from circuits.errors import BadInput, UnsupportedModel
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
+
+TRIED = 64
+"""Pairs on which a metric that nothing has changed is tried."""
 
 
 def exact(
@@ -155,16 +158,25 @@ def _at(patching: Patching, place: int | None) -> Patching:
 
 
 def check_effects(setting: Setting, effects: Float[Tensor, "pair part"], *, moved: bool = False) -> None:
-    """Check that the metric looked at the logits at all (unless known: ``moved``).
+    """Check that the metric can be changed at all, where no effect on it is known: it may be a share of right answers.
 
     Raises:
-        BadInput: it did not.
+        BadInput: it is the same on other logits.
     """
-    if not (moved or bool(effects.any())):
+    if not (moved or bool(effects.any()) or _moves(setting)):
         raise BadInput(
             f"no ablation changes metric {name_of(setting.metric)} at all: expected one that depends on the logits "
             f"(and pairs whose answer hangs on what they change)"
         )
+
+
+def _moves(setting: Setting) -> bool:
+    """Whether some pair has another metric on the corrupt run, or, where that does not count, on reversed logits."""
+    some = setting.pairs.take(torch.arange(min(len(setting.pairs), TRIED), device=setting.pairs.clean.device))
+    with torch.no_grad():
+        logits = setting.model(some.clean)
+        others = logits.flip(-1) if setting.replaced is not None else setting.model(some.corrupt)
+        return not torch.equal(*(measure(setting.metric, x, some) for x in (logits, others)))
 
 
 def check_finite(setting: Setting, effects: Float[Tensor, "pair ..."]) -> None:

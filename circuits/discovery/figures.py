@@ -76,8 +76,6 @@ def draw_circuit(circuit: Circuit, *, top: int) -> go.Figure:
         },
         hovermode="closest",
         height=max(MIN_HEIGHT, 170 + ROW_HEIGHT * len(rows)),
-        legend={"orientation": "h", "y": 0, "yref": "container", "yanchor": "bottom"},
-        margin={"b": 90},
     )
     return figure
 

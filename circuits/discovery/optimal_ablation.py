@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from circuits.discovery.ablate import shared_replacement
+from circuits.discovery.activations import outside_inference_mode
 from circuits.discovery.learned_masks import fit
 from circuits.discovery.metrics import Metric
 from circuits.discovery.sites import Sites, sites_of
@@ -13,6 +14,7 @@ from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
 
 
+@outside_inference_mode
 def optimal_constants(
     model: HookedModel,
     pairs: Pairs,

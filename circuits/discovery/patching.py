@@ -38,7 +38,9 @@ class Patching:
     measure: Measure
     """From the logits of several sets of these pairs to each set's metric of each pair."""
     chunk: int
-    """How many sets to take at a time."""
+    """How many sets to take at a time where all positions matter."""
+    chunk_of_one: int
+    """How many sets to take at a time where only the answer's position does."""
 
     @cached_property
     def live(self) -> list[int]:
@@ -63,6 +65,17 @@ class Patching:
         layers = self.blocks.sites.layers
         return self.values[self.blocks.sites.final if i == len(layers) else layers[i].resid]
 
+    def _sets(self, i: int) -> int:
+        """How many sets of changes to what block ``i`` writes to take at a time."""
+        return self.chunk if self.at(i) == ALL else self.chunk_of_one
+
+    def _changes(self, sources: list[int], at: slice = ALL) -> Float[Tensor, "set batch _ d_model"]:
+        """What some sources change, at some positions; without a copy where they stand beside each other."""
+        changes, first = self.changes[:, :, at], sources[0]
+        if sources == list(range(first, first + len(sources))):
+            return changes[first : first + len(sources)]
+        return changes[sources]
+
     def edge_effects(self, advance: Advance = _silent) -> Float[Tensor, "edge pair"]:
         """Return what changing each edge alone does to each pair's metric, in the order of the graph's edges."""
         graph = self.blocks.sites.graph
@@ -82,22 +95,26 @@ class Patching:
                     advance(len(sets))
             reader += sum(counts)
             if layer.mlp_in is not None:
-                for sources in self._groups(graph.visible[reader], self.chunk):
-                    change = self.through_mlp(i, self.changes[sources])
+                for sources in self._groups(graph.visible[reader], self._sets(i)):
+                    change = self.through_mlp(i, self._changes(sources, self.at(i)))
                     out[[table[reader][u] for u in sources]] = self.after_block(i, change)
                     advance(len(sources))
                 reader += 1
-        live = self.live
-        out[[table[reader][u] for u in live]] = self.into_logits(self.changes[live])
-        advance(len(live))
+        last = len(self.blocks.sites.layers) - 1
+        for sources in self._groups(len(self.changes), self._sets(last)):
+            out[[table[reader][u] for u in sources]] = self.after_block(last, self._changes(sources, self.at(last)))
+            advance(len(sources))
         return out
 
     def _sources_at_a_time(self, i: int) -> int:
-        return max(1, self.chunk // len(self.blocks.sites.layers[i].W_O))
+        heads = len(self.blocks.sites.layers[i].W_O)
+        # a stream and its norm take about a quarter of what a set takes on its way through a whole block
+        most = self.chunk // heads if self.at(i) == ALL else min(self.chunk_of_one // heads, 4 * self.chunk)
+        return max(1, most)
 
     def _into_heads(self, i: int, sources: list[int]) -> Iterator[Float[Tensor, "set pair"]]:
         """Yield the effects of changing the edges from some sources into the queries, keys, values of block ``i``."""
-        x = self.blocks.norm(i, (self.stream(i) + self.changes[sources]).flatten(0, 1))
+        x = self.blocks.norm(i, (self.stream(i) + self._changes(sources)).flatten(0, 1))
         for which in range(3):
             yield self.after_attention(i, self.through_heads(i, which, x).flatten(0, 1))
 
@@ -106,12 +123,17 @@ class Patching:
         layers, n_sources = self.blocks.sites.layers, len(self.changes)
         # Behind the block before the last every source is as good as seen, and there is still a whole block to come.
         i = max(0, len(layers) - 2)
-        sources = list(range(min(n_sources, self._sources_at_a_time(i))))
-        found = [effects.clone() for effects in self._into_heads(i, sources)]
+        found = []
+        for j in range(i, len(layers)):
+            sources = list(range(min(n_sources, self._sources_at_a_time(j))))
+            found += [effects.clone() for effects in self._into_heads(j, sources)]
         many = list(range(min(n_sources, self.chunk)))
         if layers[i].mlp_in is not None:
-            found.append(self.after_block(i, self.through_mlp(i, self.changes[many])))
-        return [*found, self.from_block(0, self.stream(0) + self.changes[many]), self.into_logits(self.changes[many])]
+            found.append(self.after_block(i, self.through_mlp(i, self._changes(many, self.at(i)))))
+        last = len(layers) - 1
+        some = list(range(min(n_sources, self._sets(last))))
+        logits = self.after_block(last, self._changes(some, self.at(last)))
+        return [*found, self.from_block(0, self.stream(0) + self.changes[many]), logits]
 
     def source_effects(self, advance: Advance = _silent) -> Float[Tensor, "source pair"]:
         """Return what changing all that each source alone writes does to each pair's metric."""
@@ -147,22 +169,55 @@ class Patching:
         the pairs' streams.
         """
         blocks, layer, at = self.blocks, self.blocks.sites.layers[i], self.at(i)
-        q, k, v = self._qkv[i]
         z = self.values[layer.z].transpose(1, 2)[:, :, at]
         n = len(x) // len(z)
+        read = self._read_by_one if blocks.folds(i, at, x.shape[1]) else self._read
+        return self._written(i, read(i, which, x, n).unflatten(0, (n, -1)) - z, layer.W[which].shape[0])
+
+    def _read(
+        self, i: int, which: int, x: Float[Tensor, "row pos d_model"], n: int
+    ) -> Float[Tensor, "row head _ d_head"]:
+        """Return what the heads of block ``i`` read with q (0), k (1) or v (2) of ``x``, and the rest of the run."""
+        blocks, at = self.blocks, self.at(i)
+        q, k, v = self._qkv[i]
 
         def repeated(t: Tensor) -> Tensor:
             return t.expand(n, *t.shape).flatten(0, 1)
 
         if which == 0:
             (new,) = blocks.project(i, x[:, at], (0,), at)
-            read = blocks.patterns[i].read(new, repeated(k), repeated(v), at)
-        else:
-            (new,) = blocks.project(i, x, (which,))
-            new = blocks.share(i, new)
-            now = (new, repeated(v)) if which == 1 else (repeated(k), new)
-            read = blocks.patterns[i].read(repeated(q[:, :, at]), *now, at)
-        return self._written(i, read.unflatten(0, (n, -1)) - z, layer.W[which].shape[0])
+            return blocks.patterns[i].read(new, repeated(k), repeated(v), at)
+        (new,) = blocks.project(i, x, (which,))
+        new = blocks.share(i, new)
+        now = (new, repeated(v)) if which == 1 else (repeated(k), new)
+        return blocks.patterns[i].read(repeated(q[:, :, at]), *now, at)
+
+    def _read_by_one(
+        self, i: int, which: int, x: Float[Tensor, "row pos d_model"], n: int
+    ) -> Float[Tensor, "row head 1 d_head"]:
+        """Return the same where only one query matters: neither keys nor values of ``x`` are computed."""
+        blocks, at, batch = self.blocks, self.at(i), len(x) // n
+        _, k, v = self._qkv[i]
+        directions, weights = self._of_one
+        if which == 0:
+            (new,) = blocks.project(i, x[:, at], (0,), at)
+            # the sets stand as queries beside each other, so that a pair's keys and values are not repeated
+            beside = new.unflatten(0, (n, batch))[:, :, :, 0].permute(1, 2, 0, 3)
+            return blocks.patterns[i].read(beside, k, v, at).permute(2, 0, 1, 3).flatten(0, 1)[:, :, None]
+        if which == 1:
+            weights = blocks.pattern_of_one(i, directions.repeat(n, 1, 1), x, at)
+            beside = weights.unflatten(0, (n, batch)).permute(1, 2, 0, 3)
+            return (beside @ v).permute(2, 0, 1, 3).flatten(0, 1)[:, :, None]
+        return blocks.read_by_one(i, weights.repeat(n, 1, 1), x)
+
+    @cached_property
+    def _of_one(self) -> tuple[Float[Tensor, "batch head d_model"], Float[Tensor, "batch head pos"]]:
+        """Of the last block's query: its directions in the normalised stream, and its attention pattern."""
+        i = len(self.blocks.sites.layers) - 1
+        at, y = self.at(i), self.blocks.norm(i, self.stream(i))
+        q, _, _ = self._qkv[i]
+        directions = self.blocks.key_directions(i, q[:, :, at])
+        return directions, self.blocks.pattern_of_one(i, directions, y, at)
 
     @cached_property
     def _qkv(self) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -188,10 +243,10 @@ class Patching:
     def through_mlp(
         self, i: int, change: Float[Tensor, "set batch pos d_model"]
     ) -> Float[Tensor, "set batch _ d_model"]:
-        """Return what the MLP of block ``i`` changes in the stream if what it reads changes."""
+        """Return what the MLP of block ``i`` changes in the stream if what it reads (where it matters) changes."""
         layer, at = self.blocks.sites.layers[i], self.at(i)
         assert layer.mlp_stream is not None and layer.mlp_out is not None
-        x = self.values[layer.mlp_stream][:, at] + change[:, :, at]
+        x = self.values[layer.mlp_stream][:, at] + change
         return self.blocks.mlp(i, x.flatten(0, 1)).view_as(x) - self.values[layer.mlp_out][:, at]
 
     def after_attention(self, i: int, change: Float[Tensor, "set batch pos d_model"]) -> Float[Tensor, "set pair"]:
@@ -200,7 +255,7 @@ class Patching:
         if layer.mlp_in is None or self.blocks.parallel:
             return self.after_block(i, change)
         parts = []
-        for part in change.split(self.chunk):
+        for part in change.split(self._sets(i)):
             middle = (self.values[layer.mlp_in][:, at] + part).flatten(0, 1)
             parts.append(self._finish(i + 1, middle + self.blocks.mlp(i, middle)))
         return torch.cat(parts) if parts else self.base[None][:0]
@@ -211,12 +266,10 @@ class Patching:
 
     def from_block(self, i: int, x: Float[Tensor, "set batch pos d_model"]) -> Float[Tensor, "set pair"]:
         """Return the effects of other streams before block ``i``."""
-        parts = [self._finish(i, part.flatten(0, 1)) for part in x.split(self.chunk)]
+        # what the last block writes is there at one position alone
+        size = self._sets(i - 1) if i == len(self.blocks.sites.layers) else self.chunk
+        parts = [self._finish(i, part.flatten(0, 1)) for part in x.split(size)]
         return torch.cat(parts) if parts else self.base[None][:0]
-
-    def into_logits(self, change: Float[Tensor, "set batch pos d_model"]) -> Float[Tensor, "set pair"]:
-        """Return the effects of changes to what the logits read."""
-        return self.after_block(len(self.blocks.sites.layers) - 1, change[:, :, self._one])
 
     def _finish(self, i: int, x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "set pair"]:
         return self.measure(self.blocks.finish(i, x, self.position)) - self.base

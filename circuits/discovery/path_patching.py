@@ -14,7 +14,7 @@ from torch import Tensor
 
 from circuits.discovery.batches import Ablation, patchings, setting_of
 from circuits.discovery.circuit import mean_interval
-from circuits.discovery.exact import check_finite
+from circuits.discovery.exact import check_effects, check_finite
 from circuits.discovery.graph import Graph
 from circuits.discovery.metrics import Metric, logit_difference, name_of
 from circuits.discovery.patching import Patching
@@ -108,7 +108,7 @@ def path_patching(
     Raises:
         UnknownName: a step is no source or reader of the graph, or there is no such ablation.
         BadInput: the path has fewer than two steps, or a step comes before the one that it reads from; the pairs do
-            not line up.
+            not line up, or the metric does not depend on the logits.
         UnsupportedModel: the model cannot be taken apart into blocks.
     """
     with torch.no_grad():
@@ -135,6 +135,7 @@ def path_patching(
             effects[rows] = effect(patching).to(effects.dtype)
             del patching  # before the next one is made
     check_finite(setting, effects)
+    check_effects(setting, effects[:, None])
     return PathEffect(tuple(path), name_of(metric), -effects if denoising else effects)
 
 

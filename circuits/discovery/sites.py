@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -200,7 +200,20 @@ def sites_of(model: HookedModel, *, neurons: bool = False) -> Sites:
     n_layers, attn_only = model.cfg.n_layers, bool(getattr(model.cfg, "attn_only", False))
     layers = tuple(_layer(model, hooks, i, attn_only, neurons) for i in range(n_layers))
     pos_embed = "hook_pos_embed" if has_position_embedding(model) else None
-    return Sites(graph, "hook_embed", pos_embed, layers, f"blocks.{n_layers - 1}.hook_resid_post")
+    sites = Sites(graph, "hook_embed", pos_embed, layers, f"blocks.{n_layers - 1}.hook_resid_post")
+    check_hooks(model, sites.all_hooks, hooks, "is not there")
+    return sites
+
+
+def check_hooks(model: HookedModel, names: Iterable[str], there: Container[str], missing: str) -> None:
+    """Check that all of some hooks are among those that are there.
+
+    Raises:
+        UnsupportedModel: one is not, which the message names, with what is ``missing`` of it.
+    """
+    lacks = [name for name in names if name not in there]
+    if lacks:
+        raise UnsupportedModel(f"{lacks[0]} of {type(model).__name__} {missing}: edges need what it holds")
 
 
 def _layer(model: HookedModel, hooks: Mapping[str, Any], i: int, attn_only: bool, neurons: bool) -> Layer:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from circuits.discovery.ablate import name_of_ablation
+from circuits.discovery.activations import outside_inference_mode
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.learned_masks import check_rates, fit, hard_concrete, kept_probability
 from circuits.discovery.metrics import Metric, name_of
@@ -18,6 +19,7 @@ from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
 
 
+@outside_inference_mode
 def subnetwork_probing(
     model: HookedModel,
     pairs: Pairs,

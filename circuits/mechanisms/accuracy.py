@@ -9,23 +9,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from circuits._decoding import greedy_right
 from circuits._stats import wilson_interval
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.readings import device_of, has_one_answer_token
-from circuits.tasks.base import SPLITS, Batch, Role, Task
+from circuits.mechanisms.readings import has_one_answer_token
+from circuits.tasks.base import SPLITS, Task
 
 MOST_LISTED = 10**6
 """Training pairs up to which they are listed to find mirror images among them."""
-
-
-def greedy_right(model: Any, task: Task, batch: Batch) -> Bool[Tensor, " batch"]:
-    """Whether greedy decoding of each whole completion is right, by the task's strict verifier."""
-    tokens = batch.tokens.to(device_of(model)).clone()
-    first = int((task.roles == Role.PROMPT).sum())
-    with torch.no_grad():
-        for position in range(first, tokens.shape[1]):
-            tokens[:, position] = model(tokens[:, :position])[:, -1].argmax(-1)
-    return task.verify(tokens)
 
 
 def commutes(task: Task) -> bool:

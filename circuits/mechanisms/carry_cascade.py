@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from circuits._decoding import last_logits
 from circuits._stats import wilson_interval
 from circuits.errors import BadInput
 from circuits.mechanisms.columns import (
@@ -16,6 +17,7 @@ from circuits.mechanisms.columns import (
     Found,
     Swaps,
     choose_heads,
+    digit_right,
     evidence_of,
     inner_variables,
     source_outputs,
@@ -58,7 +60,9 @@ def digits_right(model: Any, batch: Batch) -> Bool[Tensor, "batch n_answers"]:
     """
     answers = batch.answer_mask
     with torch.no_grad():
-        said = model(batch.inputs.to(device_of(model)))[:, answers].argmax(-1)
+        last = int(answers.int().argmax())  # the first answer digit; our own model computes no others
+        logits = last_logits(model, batch.inputs.to(device_of(model)), len(answers) - last)
+        said = logits[:, answers[last:]].argmax(-1)
     return said.to(batch.tokens.device) == batch.targets[:, answers]
 
 
@@ -149,29 +153,22 @@ def draw_right_swaps(
     digit, own, other = (x // unit % 10 for x in (variable.swapped_answer(base, source), base.sum(1), source.sum(1)))
     keep = ((digit != own) & (digit != other)).nonzero().flatten()[: 3 * PAIRS // 2]
     base, source, digit = base[keep], source[keep], digit[keep]
-    clean, given = task.encode(base), task.encode(source)
-    position = task.answer_position(column) - 1
-    right = _digit_right(model, clean, position)
+    clean, given = (task.encode(operands).tokens.to(device_of(model)) for operands in (base, source))
+    n = task.answer_position(column)
+    right = digit_right(model, clean, n)
     if source_right:
-        right &= _digit_right(model, given, position)
+        right &= digit_right(model, given, n)
     chosen = right.nonzero().flatten()[:PAIRS]
-    tokens = torch.tensor([task.vocabulary.index(str(d)) for d in range(10)])
-    device = device_of(model)
-    inputs = (clean.inputs[chosen], given.inputs[chosen], tokens[digit[chosen]])
-    swapped, sources, predicted = (t.to(device) for t in inputs)
-    return Swaps(swapped, sources, position, predicted), base[chosen], source[chosen]
+    tokens = torch.tensor([task.vocabulary.index(str(d)) for d in range(10)]).to(clean.device)
+    swaps = Swaps(clean[chosen, :n], given[chosen, :n], tokens[digit.to(clean.device)[chosen]])
+    chosen = chosen.to(base.device)
+    return swaps, base[chosen], source[chosen]
 
 
 def state_below(source: Int[Tensor, "rows 2"], column: int) -> Int[Tensor, " rows"]:
     """The state of the column below: 0 for a sum of at most 8, 1 for 9, 2 for 10 or more (the sub-task ST)."""
     below = (source // 10 ** (column - 1) % 10).sum(1)
     return (below >= 9).long() + (below >= 10).long()
-
-
-def _digit_right(model: Any, batch: Batch, position: int) -> Tensor:
-    with torch.no_grad():
-        said = [model(part.to(device_of(model)))[:, position].argmax(-1) for part in batch.inputs.split(1024)]
-    return torch.cat(said).to(batch.tokens.device) == batch.tokens[:, position + 1]
 
 
 def carry_by_state(model: Any, task: Any, found: list[tuple[Found, Variable, int]], *, seed: int) -> list[list[Any]]:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuits._decoding import last_logits
 from circuits.errors import BadInput
 from circuits.mechanisms.carry_cascade import draw_operands, draw_right_swaps
 from circuits.mechanisms.columns import Found, Swaps, evidence_of, inner_variables
@@ -32,11 +33,15 @@ def head_outputs(
     model: Any, tokens: Int[Tensor, "rows pos"], at: Sequence[int]
 ) -> dict[str, Float[Tensor, "rows at head d_head"]]:
     """What every layer's heads write at some positions."""
+    tokens = tokens[:, : max(at) + 1]
+    last = tokens.shape[1] - min(at)
+    # counted from the end, as the last block may be computed there alone
+    wanted = [position - tokens.shape[1] for position in at]
     names = [f"blocks.{i}.attn.hook_z" for i in range(model.cfg.n_layers)]
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     for part in tokens.to(device_of(model)).split(1024):
-        for name, value in activations(model, part, names).items():
-            found[name].append(value[:, list(at)])
+        for name, value in activations(model, part, names, last=last).items():
+            found[name].append(value[:, wanted])
     return {name: torch.cat(values) for name, values in found.items()}
 
 
@@ -88,7 +93,7 @@ def swapped_parts(
     rest is the source's. Of an answer that is written units first, the digit written before tells the carry by itself:
     its embedding is the source's with the carry.
     """
-    at, reverse = swaps.position, bool(getattr(task, "reverse", False))
+    reverse = bool(getattr(task, "reverse", False))
     hooks: list[tuple[str, Callable[..., Tensor]]] = []
     for name, own in moved.items():
         clean, given = (outputs[name][:, 0] for outputs in written)
@@ -97,21 +102,21 @@ def swapped_parts(
 
         def put(z: Tensor, hook: Any, value: Tensor = changed) -> Tensor:
             z = z.clone()
-            z[:, at] = value
+            z[:, -1] = value
             return z
 
         hooks.append((name, put))
     if reverse and carry:
-        embedded = activations(model, swaps.source, ["hook_embed"])["hook_embed"]
+        embedded = activations(model, swaps.source, ["hook_embed"], last=1)["hook_embed"]
 
         def embed(activation: Tensor, hook: Any) -> Tensor:
             activation = activation.clone()
-            activation[:, at] = embedded[:, at]
+            activation[:, -1] = embedded[:, -1]
             return activation
 
         hooks.append(("hook_embed", embed))
     with torch.no_grad(), hooked(model, hooks):
-        return model(swaps.base)[:, at].argmax(-1) == swaps.predicted
+        return last_logits(model, swaps.base)[:, -1].argmax(-1) == swaps.predicted
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,9 +168,12 @@ def column_parts(model: Any, task: Task, *, seed: int = 0) -> Evidence:
         Drawn(variable, column, *draw_right_swaps(model, task, variable, column, seed=seed))
         for variable, column in inner_variables(task)
     ]
-    sums = fitted(model, task, [one.swaps.position for one in drawn if len(one.swaps.predicted)], seed=seed)
-    found = [
-        judged(model, task, one, sums) if len(one.swaps.predicted) else Found(one.variable.name, (), 0, 0, 0.0)
-        for one in drawn
-    ]
+    found = [Found(one.variable.name, (), 0, 0, 0.0) for one in drawn]
+    at = [one.swaps.position for one in drawn if len(one.swaps.predicted)]
+    if at:
+        sums = fitted(model, task, at, seed=seed)
+        found = [
+            judged(model, task, one, sums) if len(one.swaps.predicted) else nothing
+            for one, nothing in zip(drawn, found, strict=True)
+        ]
     return evidence_of("column-parts", found, {}, start, control_name="parts fitted to other sums")

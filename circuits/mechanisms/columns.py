@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuits._decoding import greedy_right, last_logits
 from circuits._stats import wilson_interval
 from circuits.errors import BadInput
-from circuits.mechanisms.accuracy import greedy_right
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.readings import activations, device_of, hooked
 from circuits.mechanisms.thresholds import RULE
@@ -28,16 +28,20 @@ Head = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Swaps:
-    """Base and source inputs, the answer digit that is looked at, and what it should become."""
+    """Base and source inputs, up to the answer digit that is looked at, and what it should become."""
 
     base: Int[Tensor, "batch pos"]
     source: Int[Tensor, "batch pos"]
-    position: int
     predicted: Int[Tensor, " batch"]
+
+    @property
+    def position(self) -> int:
+        """The position that says the digit: the last."""
+        return self.base.shape[1] - 1
 
     def half(self, which: int) -> Swaps:
         """Return every second row, from the first or from the second on."""
-        return Swaps(self.base[which::2], self.source[which::2], self.position, self.predicted[which::2])
+        return Swaps(self.base[which::2], self.source[which::2], self.predicted[which::2])
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,24 +71,26 @@ def draw_swaps(model: Any, task: Any, variable: Variable, column: int, *, seed: 
     unit = 10**column
     digit, own, other = (x // unit % 10 for x in (variable.swapped_answer(base, source), base.sum(1), source.sum(1)))
     keep = ((digit != own) & (digit != other)).nonzero().flatten()[: 2 * PAIRS]
-    position = task.answer_position(column) - 1
+    n = task.answer_position(column)
     device = device_of(model)
-    clean, given = task.encode(base[keep]), task.encode(source[keep])
+    clean, given = (task.encode(operands[keep]).tokens.to(device) for operands in (base, source))
     tokens = torch.tensor([task.vocabulary.index(str(d)) for d in range(10)])
-    with torch.no_grad():
-        said = [model(x.inputs.to(device))[:, position].argmax(-1).cpu() for x in (clean, given)]
-    known = [answers == x.tokens[:, position + 1] for answers, x in zip(said, (clean, given), strict=True)]
+    known = [digit_right(model, x, n) for x in (clean, given)]
     right = (known[0] & known[1]).nonzero().flatten()[:PAIRS]
-    swaps = (clean.inputs[right], given.inputs[right], tokens[digit[keep][right]])
-    inputs, sources, predicted = (t.to(device) for t in swaps)
-    return Swaps(inputs, sources, position, predicted)
+    return Swaps(clean[right, :n], given[right, :n], tokens[digit[keep]].to(device)[right])
 
 
-def source_outputs(model: Any, swaps: Swaps) -> dict[str, Tensor]:
+def digit_right(model: Any, tokens: Int[Tensor, "rows pos"], n: int) -> Bool[Tensor, " rows"]:
+    """Return whether the token behind the first ``n`` is the one that the model says."""
+    with torch.no_grad():
+        said = [last_logits(model, part)[:, -1].argmax(-1) for part in tokens[:, :n].split(1024)]
+    return torch.cat(said) == tokens[:, n]
+
+
+def source_outputs(model: Any, swaps: Swaps) -> dict[str, Float[Tensor, "batch _ ..."]]:
     """Return the heads' outputs, and the embeddings, on the source inputs."""
-    return activations(
-        model, swaps.source, [*(f"blocks.{i}.attn.hook_z" for i in range(model.cfg.n_layers)), "hook_embed"]
-    )
+    names = [*(f"blocks.{i}.attn.hook_z" for i in range(model.cfg.n_layers)), "hook_embed"]
+    return activations(model, swaps.source, names, last=1)
 
 
 def swapped_share(
@@ -96,14 +102,13 @@ def swapped_share(
     digit by itself tells the carry, and the head's message would contradict it.
     """
     hooks: list[tuple[str, Callable[..., Tensor]]] = []
-    at = swaps.position
     for layer in sorted({layer for layer, _ in heads}):
         name = f"blocks.{layer}.attn.hook_z"
         mine = torch.tensor([h for i, h in heads if i == layer], device=swaps.base.device)
 
         def put(z: Tensor, hook: Any, mine: Tensor = mine, value: Tensor = source[name]) -> Tensor:
             z = z.clone()
-            z[:, at, mine] = value[:, at, mine]
+            z[:, -1, mine] = value[:, -1, mine]
             return z
 
         hooks.append((name, put))
@@ -111,12 +116,12 @@ def swapped_share(
 
         def embed(activation: Tensor, hook: Any) -> Tensor:
             activation = activation.clone()
-            activation[:, at] = source["hook_embed"][:, at]
+            activation[:, -1] = source["hook_embed"][:, -1]
             return activation
 
         hooks.append(("hook_embed", embed))
     with torch.no_grad(), hooked(model, hooks):
-        return (model(swaps.base)[:, at].argmax(-1) == swaps.predicted).float()
+        return (last_logits(model, swaps.base)[:, -1].argmax(-1) == swaps.predicted).float()
 
 
 def find_heads(model: Any, task: Any, variable: Variable, column: int, *, seed: int) -> Found:

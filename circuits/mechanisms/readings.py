@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuits._decoding import last_logits
 from circuits.errors import BadInput, CorruptRun, UnsupportedModel
-from circuits.model import Transformer
 from circuits.tasks.base import Role, Task
 
 SMALLEST = 5
@@ -229,7 +229,7 @@ def forward_backward(
     if scales is not None:
         hooks += [(hook, listener(name)) for name, hook in scale_hooks(model, layers).items()]
     with torch.enable_grad(), hooked(model, hooks):
-        output = last_logits(model, tokens, cheap=True)
+        output = _last_logits(model, tokens, cheap=True)
         if int(answer_tokens.max()) >= output.shape[-1]:
             raise BadInput(
                 f"the model has {output.shape[-1]} output tokens but the task's answers go up to token "
@@ -242,8 +242,13 @@ def forward_backward(
     return logits.detach(), posts, torch.cat([g[:, -1] for g in gradients], dim=-1)
 
 
-def activations(model: Any, tokens: Int[Tensor, "rows pos"], names: Iterable[str]) -> dict[str, Tensor]:
-    """What the named hook points hold on some inputs."""
+def activations(
+    model: Any, tokens: Int[Tensor, "rows pos"], names: Iterable[str], *, last: int | None = None
+) -> dict[str, Tensor]:
+    """What the named hook points hold on some inputs.
+
+    Where only the ``last`` positions matter, our own model computes no others in its last block.
+    """
     kept: dict[str, Tensor] = {}
 
     def keeper(name: str) -> Callable[..., None]:
@@ -253,7 +258,7 @@ def activations(model: Any, tokens: Int[Tensor, "rows pos"], names: Iterable[str
         return keep
 
     with torch.no_grad(), hooked(model, [(name, keeper(name)) for name in names]):
-        model(tokens)
+        model(tokens) if last is None else last_logits(model, tokens, last)
     return kept
 
 
@@ -271,14 +276,12 @@ def answer_logits(
     others, which is half of the work on three tokens.
     """
     with torch.no_grad(), hooked(model, hooks or []):
-        return last_logits(model, tokens, cheap)[:, task.answer_tokens.to(tokens.device)]
+        return _last_logits(model, tokens, cheap)[:, task.answer_tokens.to(tokens.device)]
 
 
-def last_logits(model: Any, tokens: Int[Tensor, "rows pos"], cheap: bool) -> Float[Tensor, "rows d_vocab_out"]:
+def _last_logits(model: Any, tokens: Int[Tensor, "rows pos"], cheap: bool) -> Float[Tensor, "rows d_vocab_out"]:
     """Logits at the last position."""
-    if cheap and isinstance(model, Transformer):
-        return model(tokens, last=1)[:, -1]
-    return model(tokens)[:, -1]
+    return last_logits(model, tokens)[:, -1] if cheap else model(tokens)[:, -1]
 
 
 def decisive_layers(model: Any, task: Task, readings: Readings, *, cost: float = 0.3) -> tuple[int, ...]:

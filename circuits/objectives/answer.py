@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 
+from circuits._decoding import last_logits
 from circuits.objectives.base import (
     Loss,
     answer_logits,
@@ -15,7 +16,6 @@ from circuits.objectives.base import (
     check_has_answers,
     completion,
     has_one_token_answers,
-    last_logits,
 )
 from circuits.tasks.base import Batch, Task
 

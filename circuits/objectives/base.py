@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits._decoding import last_logits
 from circuits.errors import BadInput
 from circuits.tasks import games
 from circuits.tasks.base import Role, Task
@@ -122,24 +122,9 @@ def check_number(name: str, value: object, low: float, high: float = float("inf"
         raise BadInput(f"{name} = {value}: {expected}")
 
 
-@functools.cache
-def _can_skip_positions(model_type: type) -> bool:
-    forward = getattr(model_type, "forward", None)
-    return forward is not None and "last" in inspect.signature(forward).parameters
-
-
-def last_logits(
-    model: HookedModel, tokens: Int[Tensor, "batch pos"], last: int
-) -> Float[Tensor, "batch last d_vocab_out"]:
-    """Return the logits at the last positions; our own model computes no others in its last block."""
-    if _can_skip_positions(type(model)):
-        return model(tokens, last=last)  # type: ignore[call-arg]
-    return model(tokens)[:, -last:]
-
-
 def answer_logits(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch d_vocab_out"]:
     """Return the logits at the last position."""
-    return last_logits(model, tokens, 1)[:, -1]
+    return last_logits(model, tokens)[:, -1]
 
 
 @remember

@@ -60,22 +60,29 @@ def neuron_figure(data: Mapping[str, Any], *, title: str, most: int = 4) -> go.F
         f"layer {layer}, neuron {index}: {100 * share:.0f} %"
         for layer, index, share in zip(data["layer"], data["index"], data["importance"], strict=True)
     ][:count]
-    figure = make_subplots(rows=1, cols=count, subplot_titles=heads, horizontal_spacing=0.06)
+    columns = min(2, count)
+    figure = make_subplots(
+        rows=-(-count // columns),
+        cols=columns,
+        subplot_titles=heads,
+        x_title=data["x_title"],
+        y_title=data["y_title"],
+        horizontal_spacing=0.12,
+        vertical_spacing=0.18,
+    )
     for number in range(count):
         values = data["maps"][number]
         peak = max((max(row) for row in values), default=0.0) or 1.0
         scaled = [[round(100 * value / peak) for value in row] for row in values]
         figure.add_heatmap(
             z=scaled,
-            row=1,
-            col=number + 1,
+            row=number // columns + 1,
+            col=number % columns + 1,
             colorscale=SEQUENTIAL,
             showscale=number == count - 1,
             colorbar={"title": "% of its<br>maximum", "thickness": 10},
             hovertemplate="first %{y}, second %{x}: %{z} %<extra></extra>",
         )
-        figure.update_xaxes(title_text=data["x_title"], row=1, col=number + 1)
-    figure.update_yaxes(title_text=data["y_title"], row=1, col=1)
-    figure.update_layout(title=title, template="circuits")
-    figure.update_annotations(font_size=11)
+    figure.update_layout(title=title, template="circuits", margin={"b": 60})
+    figure.update_annotations(font_size=12)
     return figure

@@ -71,9 +71,6 @@ def curves_figure(
         template="circuits",
         xaxis_title=x_title,
         yaxis={"title": y_title, "range": [min(-0.03, lowest - 0.05), 1.03]},
-        # below the title of the axis, which the rows of a long legend would cover
-        legend={"orientation": "h", "yanchor": "top", "y": -0.28},
-        margin={"b": 40},
     )
     return figure
 

@@ -13,6 +13,7 @@ import pandas as pd
 
 from circuits import __version__
 from circuits._io import to_json
+from circuits._stats import wilson_interval
 from circuits._style import VERDICT_GLYPHS, WORLD_MODEL_GLYPHS
 from circuits.errors import CorruptRun
 from circuits.mechanisms import TESTS, VERSION, Evidence, rule_table
@@ -89,6 +90,7 @@ def build(study: Study) -> dict[str, Any]:
     meanings = (MEANINGS if by_cell else {}) | (games.MEANINGS if of_games else {})
     meanings |= {} if by_cell else games.SHARED
     counts = Counter(done["label"])
+    run = {item.test for analysis in analyses.values() for item in analysis.verdict.items}
     return {
         "title": study.spec.title,
         "name": study.spec.name,
@@ -99,7 +101,8 @@ def build(study: Study) -> dict[str, Any]:
         "matched": [row for key, group in groups.items() if (row := _matched(group, str(key[0]), str(key[1])))],
         "by_cell": by_cell,
         "legend": [{"label": label, "glyph": GLYPHS[label], "meaning": meaning} for label, meaning in meanings.items()],
-        "tests": [{"name": n, "text": inspect.cleandoc(t.__doc__ or "")} for n, t in TESTS.items()] if by_cell else [],
+        "tests": [{"name": n, "text": inspect.cleandoc(t.__doc__ or "")} for n, t in TESTS.items() if n in run],
+        "tests_not_run": [n for n in TESTS if n not in run] if by_cell else [],
         "world_models": world_models,
         "probes": games.probes() if of_games else [],
         "game_rule": games.thresholds(),
@@ -148,11 +151,19 @@ def _cell(group: pd.DataFrame | None, cell: str, recipe: str) -> dict[str, Any] 
         "label": chips[0]["label"],
         "disagree": len(chips) > 1,
         "chips": chips,
-        "agree": f"{len(done)} of {counted(len(group), 'seed')}" if len(chips) == 1 else "seeds disagree",
+        "agree": _agreement(done["label"], len(group) - len(done)),
         "accuracy": _range(done["accuracy"]),
         "block": _range(done["accuracy_block"]),
         "anchor": anchor(cell, recipe),
     }
+
+
+def _agreement(labels: pd.Series, missing: int) -> str:
+    """How many seeds have the most frequent label, with the interval of its share."""
+    most, of = int(labels.value_counts().iloc[0]), len(labels)
+    low, high = wilson_interval(most, of)
+    text = f"{most} of {counted(of, 'seed')} ({100 * low:.0f} to {100 * high:.0f} %)"
+    return f"{text}, {missing} not done" if missing else text
 
 
 def _matched(group: pd.DataFrame, cell: str, recipe: str) -> dict[str, Any] | None:
@@ -287,7 +298,7 @@ def _figures(analyses: Mapping[int, Analysis], name: str, figures: Figures) -> l
     if (neurons := first.figures["neurons"]) is not None:
         title = f"Most important neurons (share of importance), seed {seed}"
         label = f"Activation of the most important neurons over both operands, {name}, seed {seed}"
-        placed.append(figures.add(neuron_figure(neurons, title=title), label, height=330))
+        placed.append(figures.add(neuron_figure(neurons, title=title), label, height=520))
     if first.circuit is not None:
         placed.append(figures.add(first.circuit.figure(), f"Circuit graph, {name}, seed {seed}", height=520))
     if first.faithfulness is not None:

@@ -14,6 +14,44 @@
     return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, recoloured(inner)]));
   };
 
+  // A page may be narrow: texts are broken, and margins made, so that nothing is cut off or covers something else.
+  const plain = (text) => text.replace(/<[^>]*>/g, "");
+  const wrapped = (text, most) => text.split("<br>").map((line) => {
+    const lines = [""];
+    for (const word of line.split(" ")) {
+      const before = lines[lines.length - 1];
+      if (before && plain(before + " " + word).length > most) lines.push(word);
+      else lines[lines.length - 1] = before ? before + " " + word : word;
+    }
+    return lines.join("<br>");
+  }).join("<br>");
+  const TITLE = 8.2, TEXT = 7.4;  // pixels that a letter takes, at most, in titles of figures and of axes
+  const retitle = (axis, room) => axis.title?.text
+    ? Object.assign({}, axis, { title: Object.assign({}, axis.title, { text: wrapped(axis.title.text, Math.floor(room / TEXT)) }) })
+    : axis;
+  const fit = (layout, width, height) => {
+    const share = (axis) => axis.domain ? axis.domain[1] - axis.domain[0] : 1;
+    for (const key of Object.keys(layout)) {
+      if (/^xaxis\d*$/.test(key)) layout[key] = retitle(layout[key], share(layout[key]) * (width - 100));
+      if (/^yaxis\d*$/.test(key)) layout[key] = retitle(layout[key], share(layout[key]) * (height - 200));
+    }
+    const text = wrapped(layout.title?.text ?? "", Math.floor((width - 16) / TITLE));
+    const above = (layout.annotations ?? []).some((one) => one.yref === "paper" && one.y >= 0.99);
+    layout.title = Object.assign({}, layout.title, { text, x: 0, xref: "container", xanchor: "left", y: 1, yref: "container", yanchor: "top", pad: { t: 8, l: 4 } });
+    layout.margin = Object.assign({}, layout.margin, { t: 24 + 20 * text.split("<br>").length + (above ? 20 : 0) });
+  };
+  const makeRoom = (place, height) => {
+    const { legend, _size: area } = place._fullLayout;
+    const top = place.getBoundingClientRect().top;
+    const ends = Array.from(place.querySelectorAll(".xtick text, text[class^=x][class$=title], .annotation"), (one) => one.getBoundingClientRect().bottom - top);
+    const below = Math.max(0, ...ends) - area.t - area.h;
+    const shown = place.querySelector("g.legend");
+    const needed = shown ? shown.getBoundingClientRect().height : 0;
+    const grown = height + Math.max(0, needed - 40);
+    place.style.height = grown + "px";
+    return window.Plotly.relayout(place, { "margin.b": Math.ceil(Math.max(40, below + needed + 16)), height: grown });
+  };
+
   const plot = (place) => {
     const figure = JSON.parse(document.getElementById("data-" + place.id).textContent);
     const { data, layout } = isDark() ? recoloured(figure) : figure;
@@ -22,7 +60,10 @@
     layout.font = Object.assign({}, layout.font, { color: style.getPropertyValue("--soft") });
     layout.uirevision = place.id;  // zoom and hidden curves outlive a change of theme
     for (const key of Object.keys(layout)) if (/^[xy]axis\d*$/.test(key)) layout[key] = Object.assign({}, layout[key], { gridcolor: line, zerolinecolor: line });
-    return window.Plotly.react(place, data, layout, { responsive: true, displaylogo: false, displayModeBar: "hover" });
+    const height = layout.height ?? place.clientHeight;
+    fit(layout, place.clientWidth, height);
+    return window.Plotly.react(place, data, layout, { responsive: true, displaylogo: false, displayModeBar: "hover" })
+      .then(() => makeRoom(place, height));
   };
   const draw = (place) => {
     if (!drawn.has(place.id)) drawn.set(place.id, plot(place));
@@ -54,6 +95,13 @@
     for (const id of drawn.keys()) drawn.set(id, plot(document.getElementById(id)));
   };
   wish.addEventListener("change", show);
+  let width = window.innerWidth, waiting;
+  window.addEventListener("resize", () => {
+    if (window.innerWidth === width) return;
+    width = window.innerWidth;
+    clearTimeout(waiting);
+    waiting = setTimeout(show, 200);
+  });
   button.addEventListener("click", () => { root.dataset.theme = isDark() ? "light" : "dark"; show(); });
   show();
 

@@ -32,9 +32,9 @@ SHARES = (0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9
 """Shares of the edges at which faithfulness is measured: all sizes would take longer than the training of some runs."""
 BUDGET = "quick"
 """Tests of mechanisms that every run gets: those that the rule reads; ``circuits explain RUN`` has the others."""
-MATCHED = 0.9
+MATCHED = 0.97
 """Accuracy on pairs held out at random at which recipes are compared besides their ends: training keeps the first
-checkpoint that reaches it."""
+checkpoint that reaches it. It is above what the rule asks of a network that has learned its task, on fewer pairs."""
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor
 
+from circuits._decoding import greedy_right
 from circuits.model import Transformer
-from circuits.objectives.base import answer_logits, has_one_token_answers, remember
-from circuits.tasks.base import SPLITS, Batch, Role, Task
+from circuits.objectives.base import has_one_token_answers, remember
+from circuits.tasks.base import SPLITS, Batch, Task
 from circuits.tasks.games import Game, evaluation_batch, is_game, overlap, training_batch
 from circuits.tasks.games.automaton import automaton, reached_without
 
@@ -23,26 +22,13 @@ def _examples(task: Task, split: str, limit: int) -> Batch:
     return task.examples(split, limit=min(limit, size), seed=0)
 
 
-def right(model: Transformer, task: Task, batch: Batch) -> Bool[Tensor, " batch"]:
-    """Return whether each example's completion, decoded greedily, is right."""
-    device = next(model.parameters()).device
-    tokens = batch.tokens.to(device).clone()
-    first = int((task.roles == Role.PROMPT).sum())
-    with torch.no_grad():
-        if has_one_token_answers(task):
-            return answer_logits(model, tokens[:, :-1]).argmax(-1) == tokens[:, -1]
-        for position in range(first, tokens.shape[1]):
-            tokens[:, position] = answer_logits(model, tokens[:, :position]).argmax(-1)
-    return task.verify(tokens)
-
-
 def accuracy(model: Transformer, task: Task, split: str, *, limit: int = 4096) -> float:
     """Return the share of a split's examples (at most ``limit`` of them) whose whole completion is right.
 
     Raises:
         BadInput: the task has no such split.
     """
-    return float(right(model, task, _examples(task, split, limit)).float().mean())
+    return float(greedy_right(model, task, _examples(task, split, limit)).float().mean())
 
 
 def accuracies(

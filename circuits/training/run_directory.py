@@ -39,7 +39,7 @@ from circuits.training.defaults import LAST_SEED, check_fits, default_model, def
 from circuits.training.loop import Position, Step, steps
 
 STATE = "state.safetensors"
-FIRST_REACHING = (0.5, 0.9, 0.99)
+FIRST_REACHING = (0.5, 0.9, 0.97, 0.99)
 """A checkpoint is kept when the accuracy on unseen random pairs first reaches each of these."""
 
 

@@ -65,16 +65,21 @@ CLASHES = """() => {
   for (const place of document.querySelectorAll(".plot")) {
     const frame = place.getBoundingClientRect();
     const boxes = [];
-    for (const one of place.querySelectorAll("text.gtitle, .infolayer [class^=g-][class$=title] text, g.legend, g.annotation")) {
+    const written = "text.gtitle, .infolayer [class^=g-][class$=title] text, g.legend, g.annotation";
+    for (const one of place.querySelectorAll(written)) {
       const box = one.getBoundingClientRect();
       if (box.width) boxes.push([one.textContent.slice(0, 40), box]);
     }
     boxes.forEach(([text, box], i) => {
-      if (box.left < frame.left - 2 || box.right > frame.right + 2 || box.top < frame.top - 2 || box.bottom > frame.bottom + 2)
+      const beside = box.left < frame.left - 2 || box.right > frame.right + 2;
+      if (beside || box.top < frame.top - 2 || box.bottom > frame.bottom + 2)
         found.push(`${place.getAttribute("aria-label")}: "${text}" is cut off`);
-      for (const [other, its] of boxes.slice(i + 1))
-        if (Math.min(box.right, its.right) - Math.max(box.left, its.left) > 1 && Math.min(box.bottom, its.bottom) - Math.max(box.top, its.top) > 1)
+      for (const [other, its] of boxes.slice(i + 1)) {
+        const across = Math.min(box.right, its.right) - Math.max(box.left, its.left);
+        const down = Math.min(box.bottom, its.bottom) - Math.max(box.top, its.top);
+        if (across > 1 && down > 1)
           found.push(`${place.getAttribute("aria-label")}: "${text}" lies upon "${other}"`);
+      }
     });
   }
   return found;

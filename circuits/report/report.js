@@ -26,22 +26,30 @@
     return lines.join("<br>");
   }).join("<br>");
   const TITLE = 8.2, TEXT = 7.4;  // pixels that a letter takes, at most, in titles of figures and of axes
+  const share = (axis) => axis.domain ? axis.domain[1] - axis.domain[0] : 1;
   const retitle = (axis, room) => axis.title?.text
     ? Object.assign({}, axis, { title: Object.assign({}, axis.title, { text: wrapped(axis.title.text, Math.floor(room / TEXT)) }) })
     : axis;
   const fit = (layout, width, height) => {
-    const share = (axis) => axis.domain ? axis.domain[1] - axis.domain[0] : 1;
+    let columns = 1;
     for (const key of Object.keys(layout)) {
-      if (/^xaxis\d*$/.test(key)) layout[key] = retitle(layout[key], share(layout[key]) * (width - 100));
+      if (/^xaxis\d*$/.test(key)) columns = Math.max(columns, Math.round(0.9 / share(layout[key])));
       if (/^yaxis\d*$/.test(key)) layout[key] = retitle(layout[key], share(layout[key]) * (height - 200));
     }
+    layout.annotations = (layout.annotations ?? []).map((one) => one.yref === "paper" && columns > 1
+      ? Object.assign({}, one, { text: wrapped(one.text, Math.floor((width - 150) / columns / 6.6)) }) : one);
     const text = wrapped(layout.title?.text ?? "", Math.floor((width - 16) / TITLE));
+    const lines = text.split("<br>").length;
     const above = (layout.annotations ?? []).some((one) => one.yref === "paper" && one.y >= 0.99);
-    layout.title = Object.assign({}, layout.title, { text, x: 0, xref: "container", xanchor: "left", y: 1, yref: "container", yanchor: "top", pad: { t: 8, l: 4 } });
-    layout.margin = Object.assign({}, layout.margin, { t: 24 + 20 * text.split("<br>").length + (above ? 20 : 0) });
+    layout.title = Object.assign({}, layout.title, { text, x: 0, xref: "container", xanchor: "left", y: 1, yref: "container", yanchor: "top", pad: { t: 8 + 15 * (lines - 1), l: 4 } });  // placed by its last line
+    layout.margin = Object.assign({}, layout.margin, { t: 26 + 20 * lines + (above ? 20 : 0) });
   };
-  const makeRoom = (place, height) => {
-    const { legend, _size: area } = place._fullLayout;
+  const makeRoom = async (place, height) => {
+    const titles = {};
+    for (const [key, axis] of Object.entries(place.layout)) if (/^xaxis\d*$/.test(key) && axis.title?.text)
+      titles[key + ".title.text"] = wrapped(axis.title.text, Math.floor((share(axis) * place._fullLayout._size.w + 24) / TEXT));
+    if (Object.keys(titles).length) await window.Plotly.relayout(place, titles);
+    const area = place._fullLayout._size;
     const top = place.getBoundingClientRect().top;
     const ends = Array.from(place.querySelectorAll(".xtick text, text[class^=x][class$=title], .annotation"), (one) => one.getBoundingClientRect().bottom - top);
     const below = Math.max(0, ...ends) - area.t - area.h;

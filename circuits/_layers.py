@@ -152,6 +152,32 @@ class HookPoint(LensHookPoint):
         return handle
 
 
+def check_tokens(tokens: object, n_ctx: int) -> None:
+    """Check that something is a matrix of tokens that is no longer than the context.
+
+    Raises:
+        BadInput: it is not.
+    """
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        got = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise BadInput(f"tokens are {got}: expected an int64 tensor of shape [batch, pos]")
+    if not 1 <= tokens.shape[1] <= n_ctx:
+        raise BadInput(f"{tokens.shape[1]} positions: expected 1 to n_ctx = {n_ctx}")
+
+
+def check_ids(tokens: Tensor, d_vocab: int) -> None:
+    """Check that every token is in the vocabulary.
+
+    Raises:
+        BadInput: one is not.
+    """
+    if tokens.numel() == 0:
+        return
+    low, high = (int(x) for x in tokens.aminmax())
+    if low < 0 or high >= d_vocab:
+        raise BadInput(f"token id {low if low < 0 else high}: expected 0 to d_vocab - 1 = {d_vocab - 1}")
+
+
 class Norm(nn.Module):
     """LayerNorm or RMSNorm; by the fused kernel unless ``hook_scale`` or ``hook_normalized`` is in use."""
 

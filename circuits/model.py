@@ -34,6 +34,8 @@ from circuits._layers import (
     PosEmbed,
     TiedUnembed,
     Unembed,
+    check_ids,
+    check_tokens,
     make_norm,
 )
 from circuits.errors import BadInput, CorruptRun, IncompatibleRun, UnknownName, UnsupportedModel
@@ -170,13 +172,15 @@ class Transformer(HookedRootModule):
             BadInput: ``tokens`` is not an integer matrix, is longer than the context, or holds an id that is not
                 in the vocabulary. (On a GPU ids are looked at in eval mode only.) ``last`` is less than 1.
         """
-        self._check_shape(tokens)
+        check_tokens(tokens, self.config.n_ctx)
+        if not self.training and tokens.device.type != "cpu":
+            check_ids(tokens, self.config.d_vocab)
         if last is not None and last < 1:
             raise BadInput(f"last = {last}: expected None or a number of positions of at least 1")
         try:
             resid = self.hook_embed(self.embed(tokens))
         except IndexError:
-            self._check_ids(tokens)
+            check_ids(tokens, self.config.d_vocab)
             raise
         if self.config.positional:
             positions = self.pos_embed(tokens)
@@ -189,22 +193,15 @@ class Transformer(HookedRootModule):
         resid = final(resid, ALL if last is None else slice(-last, None))
         return self.unembed(self.ln_final(resid))
 
-    def _check_shape(self, tokens: Tensor) -> None:
-        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
-            got = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise BadInput(f"tokens are {got}: expected an int64 tensor of shape [batch, pos]")
-        if not 1 <= tokens.shape[1] <= self.config.n_ctx:
-            raise BadInput(f"{tokens.shape[1]} positions: expected 1 to n_ctx = {self.config.n_ctx}")
-        if not self.training and tokens.device.type != "cpu":
-            self._check_ids(tokens)
+    def add_hook(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse a hook that would stay: TransformerLens's method has no place in a model whose hooks never leak.
 
-    def _check_ids(self, tokens: Tensor) -> None:
-        if tokens.numel() == 0:
-            return
-        low, high = (int(x) for x in tokens.aminmax())
-        if low < 0 or high >= self.config.d_vocab:
-            bad = low if low < 0 else high
-            raise BadInput(f"token id {bad}: expected 0 to d_vocab - 1 = {self.config.d_vocab - 1}")
+        Raises:
+            BadInput: always.
+        """
+        raise BadInput("hooks of this model live in a context alone: with model.hooks(fwd_hooks=[(name, hook)]): ...")
+
+    add_perma_hook = add_hook
 
     @contextmanager
     def hooks(

@@ -109,6 +109,8 @@ def test_the_changelog_and_citation_name_the_version() -> None:
     assert version is not None
     assert f"version: {version[1]}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert cx.__version__ == version[1]
+    newest = re.search(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.M)
+    assert newest is not None and newest[1].split()[0].strip("[]") in ("Unreleased", version[1])
 
 
 def test_constraints_fit_the_ranges() -> None:

@@ -260,7 +260,6 @@ def test_evaluation_leaves_the_model_as_it_was(fails: bool) -> None:
     model, pairs = build(), some_pairs()
     circuit = eap(model, pairs)
     seen: list[int] = []
-    model.add_hook("blocks.0.hook_resid_pre", lambda x, hook: seen.append(len(x)))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     calls = 0
 
@@ -271,12 +270,13 @@ def test_evaluation_leaves_the_model_as_it_was(fails: bool) -> None:
             raise ValueError("the caller's own")
         return logit_difference(logits, pairs)
 
-    if fails:
-        with pytest.raises(ValueError, match="the caller's own"):
+    with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda x, hook: seen.append(len(x)))]):
+        if fails:
+            with pytest.raises(ValueError, match="the caller's own"):
+                faithfulness(model, circuit, pairs, metric=metric)
+        else:
             faithfulness(model, circuit, pairs, metric=metric)
-    else:
-        faithfulness(model, circuit, pairs, metric=metric)
+        hooks = {name: len(point.fwd_hooks) for name, point in model.hook_dict.items() if point.fwd_hooks}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not model.training and all(p.grad is None for p in model.parameters())
-    hooks = {name: len(point.fwd_hooks) for name, point in model.hook_dict.items() if point.fwd_hooks}
     assert hooks == {"blocks.0.hook_resid_pre": 1} and seen

@@ -917,3 +917,11 @@ def test_hooks_are_not_left_behind_on_request() -> None:
     with pytest.raises(BadInput, match="never outlive"):
         model.run_with_hooks(some_tokens(), fwd_hooks=[("hook_embed", lambda x, hook: x)], reset_hooks_end=False)
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+@pytest.mark.parametrize("name", ["add_hook", "add_perma_hook"])
+def test_hooks_outside_a_context_are_refused(name: str) -> None:
+    model = Transformer(ModelConfig(d_vocab=5, n_ctx=3, d_model=8, n_heads=2))
+    with pytest.raises(BadInput, match=r"live in a context alone: with model\.hooks\("):
+        getattr(model, name)("hook_embed", lambda x, hook: None)
+    assert not any(point.hooked for point in model.hook_dict.values())

@@ -70,18 +70,22 @@ class Addition(OneTokenTask):
         a, b = operands[:, 0], operands[:, 1]
         return a + b if self.operation == "+" else a - b
 
+    def _carry(self, operands: Int[Tensor, "batch 2"], unit: int) -> Int[Tensor, " batch"]:
+        """1 where the columns up to ``unit`` (1: units, 10: tens) carry into the next one, for ``-`` borrow from it."""
+        a, b = operands[:, 0] % (10 * unit), operands[:, 1] % (10 * unit)
+        return (a + b >= 10 * unit).long() if self.operation == "+" else (a < b).long()
+
     def _units_carry(self, operands: Int[Tensor, "batch 2"]) -> Int[Tensor, " batch"]:
-        """1 where the units column carries into (for ``-``: borrows from) the tens column."""
-        a, b = operands[:, 0] % 10, operands[:, 1] % 10
-        return (a + b >= 10).long() if self.operation == "+" else (a < b).long()
+        return self._carry(operands, 1)
 
     def known_after_prompt(self, operands: Int[Tensor, "batch 2"]) -> dict[str, Int[Tensor, " batch"]]:
-        """The answer's size and sign, its decimal digits, and the carry (borrow) out of the units column."""
+        """The answer's size and sign, its decimal digits, and the carry (borrow) out of the units and tens columns."""
         answer = self.answer(operands)
         size = answer.abs()
         digits = {"units digit": size % 10, "tens digit": size // 10 % 10, "hundreds digit": size // 100}
         name = "carry" if self.operation == "+" else "borrow"
-        return {"magnitude": size, "negative": (answer < 0).long(), name: self._units_carry(operands), **digits}
+        carries = {name: self._carry(operands, 1), f"{name} of the tens column": self._carry(operands, 10)}
+        return {"magnitude": size, "negative": (answer < 0).long(), **carries, **digits}
 
     def joint_variables(self) -> tuple[Variable, ...]:
         """The carry (borrow) of the units column, where there is a tens column: swapped, it moves the answer by ten."""

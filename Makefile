@@ -14,7 +14,7 @@ TESTS := $(VENV)/.installed-test
 DOCS := $(VENV)/.installed-docs
 QUICKSTART := notebooks/quickstart.ipynb
 WORLD_MODEL := notebooks/world_model.ipynb
-REAL_MODEL := notebooks/real_model.ipynb
+REAL_MODEL := notebooks/real_model.ipynb notebooks/language_model_addition.ipynb
 
 TL3 := .venv-tl3
 # The model and the discovery engine on the last TransformerLens 3, which other circuit discovery packages need.
@@ -33,7 +33,7 @@ help:
 	@echo "make docs       build the documentation into docs/_build/html, warnings are errors"
 	@echo "make bench      run the speed benchmarks"
 	@echo "make notebooks  run the quickstart again and keep its outputs"
-	@echo "make real-model run the notebook on SmolLM2 again and keep its outputs (downloads 90 MB)"
+	@echo "make real-model run the notebooks on SmolLM2 again and keep their outputs (downloads 90 MB)"
 	@echo "make clean      remove the virtual environment, builds and caches (never runs/)"
 	@echo
 	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) OUT=$(OUT) JOBS=$(JOBS) TORCH_INDEX=$(TORCH_INDEX)"

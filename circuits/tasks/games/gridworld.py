@@ -231,11 +231,12 @@ class Gridworld(Engine):
         return Symmetry(name, tokens, lambda states: with_none.to(states.device)[states], True)
 
     def planted_heuristic(self) -> LastTokens:
-        """A memory of paths: the most probable set of legal tokens given the last six tokens and nothing before.
+        """A memory of paths: the most probable set of legal tokens given the last three tokens and nothing before.
 
-        It keeps those tokens, and that the sequence starts with them as long as they are all. So it knows a way by
-        heart as long as the way is short, and afterwards that one can go back and which moves fit no other cell. With
-        walls its set is exactly right at 70 % and 55 % of the positions of random walks on 5 and 7 cells a side, and at
-        95 % and 86 % of those of shortest paths; a token drawn from it is illegal at 7 % and 11 % of the former.
+        It keeps those tokens, and that the sequence starts with them as long as they are all. So it knows that one can
+        go back, and which moves fit after two others in most cells. With walls its set is exactly right at 46 % and
+        40 % of the positions of random walks on 5 and 7 cells a side, and at 65 % and 58 % of those of shortest paths;
+        a token drawn from it is illegal at 12 % and 16 % of the former. A longer memory is right more often, and more
+        than a small network learns by heart: six tokens were distilled to 91 %.
         """
-        return LastTokens(self, window=6)
+        return LastTokens(self, window=3)

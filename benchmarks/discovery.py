@@ -11,7 +11,8 @@ faults are what is measured.
 ``--growth`` adds models of 4, 8 and 16 layers at a fixed batch, 16 pairs for eap and 4 for exact: time and memory per
 edge, and how much of a memory budget is taken. ``--peer`` runs auto-circuit on the same weights and pairs, in an
 environment of its own whose Python is given (``peer_auto_circuit.py`` says how to make one), and gives the ratios: how
-many times as long it takes. ``--json`` prints rows and ratios.
+many times as long it takes. ``--json`` prints rows and ratios. ``--check`` ends with an error where a method takes more
+forwards than ``MOST_FORWARDS`` allows.
 """
 
 from __future__ import annotations
@@ -80,6 +81,18 @@ def cpu_seconds(run: Callable[[], object], calls: int) -> float:
 
 
 METHODS = ("eap", "eap-ig-inputs", "exact", "acdc")
+MOST_FORWARDS = {
+    ("S", "eap"): 4.5,
+    ("S", "eap-ig-inputs"): 16,
+    ("S", "exact"): 15,
+    ("S", "acdc"): 100,
+    ("M", "eap"): 4.5,
+    ("M", "eap-ig-inputs"): 16,
+    ("M", "exact"): 300,
+    ("M", "acdc"): 1250,
+}
+"""What each method may take, in forwards; the mathematics needs about 3 for EAP, 12.5 for EAP-IG with five steps, and
+10 to 12 (S) for exact patching."""
 
 
 def row(size: str, method: str, repeats: int) -> dict[str, object]:
@@ -218,6 +231,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--growth", action="store_true", help="also models of 4, 8 and 16 layers")
     parser.add_argument("--peer", metavar="PYTHON", help="Python of an environment with auto-circuit")
+    parser.add_argument("--check", action="store_true", help="fail where a method takes more forwards than it may")
     parser.add_argument("--growth-of", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -243,6 +257,13 @@ def main() -> None:
         print(json.dumps({"rows": found, "ratios": ratios(found)}))
     else:
         show(found)
+    over = [
+        f"{row['size']} {row['method']}: {row['forwards']} forwards of {most}"
+        for row in found
+        if (most := MOST_FORWARDS.get((str(row["size"]), str(row["method"])))) and float(str(row["forwards"])) > most
+    ]
+    if arguments.check and over:
+        raise SystemExit("more than allowed: " + "; ".join(over))
 
 
 def ratios(found: list[dict[str, object]]) -> list[dict[str, object]]:

@@ -39,7 +39,7 @@ def greedy_right(model: Any, task: Task, batch: Batch) -> Bool[Tensor, " batch"]
     tokens = batch.tokens.to(next(model.parameters()).device).clone()
     first, rows = int((task.roles == Role.PROMPT).sum()), torch.arange(len(tokens), device=tokens.device)
     with torch.no_grad():
-        if getattr(model.cfg, "attention_dir", "causal") == "causal":
+        if getattr(getattr(model, "cfg", None), "attention_dir", "causal") == "causal":
             said = last_logits(model, tokens[:, :-1], tokens.shape[1] - first).argmax(-1)
             rows = (said != tokens[:, first:]).any(1).nonzero().flatten()
             tokens[rows, first] = said[rows, 0]

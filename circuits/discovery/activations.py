@@ -74,6 +74,7 @@ def gradients(
     at: Sequence[str],
     replaced: Mapping[str, Tensor] | None = None,
     rules: GradientRules | None = None,
+    needed: Callable[[Store], bool] | None = None,
 ) -> tuple[Store, Store, Tensor]:
     """Return a run's activations, the gradient of each example's metric at the hooks ``at``, and the logits.
 
@@ -88,6 +89,7 @@ def gradients(
         at: The hooks at which gradients are wanted.
         replaced: Activations to put in place of the model's own, by hook name.
         rules: Where the backward departs from the chain rule.
+        needed: Whether gradients are, told by the activations; without them there is no backward, and none are given.
 
     Raises:
         BadInput: the metric does not depend on the logits.
@@ -117,6 +119,8 @@ def gradients(
         total = measure(metric, logits, pairs).sum()
         if not total.requires_grad:
             raise BadInput(f"metric {name_of(metric)} does not depend on the logits: expected a differentiable one")
+        if needed is not None and not needed({name: tensor.detach() for name, tensor in store.items()}):
+            return {name: tensor.detach() for name, tensor in store.items()}, {}, logits.detach()
         found = torch.autograd.grad(total, [store[name] for name in at], allow_unused=True)
     if not given:
         # Where an activation is put in place, what lies before it has no gradient to rule.

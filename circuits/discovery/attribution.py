@@ -234,9 +234,15 @@ class _Run:
     def terms(self, part: Pairs, at_most: int | None = None) -> _Terms:
         """Return the sum of the plan's terms, or of the first of them, for some pairs."""
         corrupt = values_at(self.model, [*self.sites.source_hooks, *self.also], part.corrupt)
-        clean, clean_grads, logits = self._gradients(part, None)
-        check_exact(self.sites, clean)
-        plan = self.plan(self.sites, corrupt, clean)
+        plan: list[Term] = []
+
+        def has_clean_term(values: Store) -> bool:
+            check_exact(self.sites, values)
+            plan.extend(self.plan(self.sites, corrupt, values))
+            # whether rules take hold is seen in the backward of the clean run
+            return self.rules is not None or any(replaced is None for replaced, _ in plan)
+
+        clean, clean_grads, logits = self._gradients(part, None, has_clean_term)
         on_path = any(replaced is not None for replaced, _ in plan)
         flat = not on_path and is_flat(self.metric, logits, part)
         del logits
@@ -253,7 +259,9 @@ class _Run:
             raise BadInput(_not_finite(self.sites, total, self.names, corrupt, clean))
         return _Terms(total, largest, on_path, flat)
 
-    def _gradients(self, part: Pairs, replaced: Mapping[str, Tensor] | None) -> tuple[Store, Store, Tensor]:
+    def _gradients(
+        self, part: Pairs, replaced: Mapping[str, Tensor] | None, needed: Callable[[Store], bool] | None = None
+    ) -> tuple[Store, Store, Tensor]:
         return gradients(
             self.model,
             self.sites,
@@ -263,6 +271,7 @@ class _Run:
             at=self.at,
             replaced=replaced,
             rules=self.rules,
+            needed=needed,
         )
 
 

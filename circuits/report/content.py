@@ -162,7 +162,7 @@ def _agreement(labels: pd.Series, missing: int) -> str:
     """How many seeds have the most frequent label, with the interval of its share."""
     most, of = int(labels.value_counts().iloc[0]), len(labels)
     low, high = wilson_interval(most, of)
-    text = f"{most} of {counted(of, 'seed')} ({100 * low:.0f} to {100 * high:.0f} %)"
+    text = f"{most} of {counted(of, 'seed')} ({100 * low:.0f} to {100 * high:.0f}\u00a0%)"
     return f"{text}, {missing} not done" if missing else text
 
 

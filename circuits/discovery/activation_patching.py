@@ -12,8 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.discovery.ablate import ABLATIONS
+from circuits.discovery.activations import values_at
 from circuits.discovery.batches import Setting, patchings, setting_of
-from circuits.discovery.blocks import activations_at, same
+from circuits.discovery.blocks import same
 from circuits.discovery.circuit import mean_interval
 from circuits.discovery.exact import check_effects, check_finite
 from circuits.discovery.memory import pairs_at_a_time
@@ -214,9 +215,9 @@ def _neurons(setting: Setting, ablation: str, memory_budget: int | None, batch_s
 
     def patch(rows: Rows, patching: Patching) -> Parts:
         length = patching.stream(0).shape[1]
-        values, _ = activations_at(model, names, setting.tokens[rows, :length])
+        values = values_at(model, names, setting.tokens[rows, :length])
         there = setting.pairs.clean if setting.denoising else setting.pairs.corrupt
-        others = activations_at(model, names, there[rows, :length])[0] if ablation == "corrupt" else {}
+        others = values_at(model, names, there[rows, :length]) if ablation == "corrupt" else {}
         for i, (name, W) in enumerate(zip(names, weights, strict=True)):
             other = others.get(name, 0.0) if means is None else means[name][:, :length]
             change = (other - values[name])[:, patching.at(i)]
@@ -232,13 +233,13 @@ def _means(setting: Setting, names: list[str], memory_budget: int | None, batch_
     """Return the mean over the clean inputs of some activations, position by position."""
     clean, totals = setting.pairs.clean, dict[str, Tensor]()
     size = pairs_at_a_time(
-        lambda n: activations_at(setting.model, names, clean[:n]),
+        lambda n: values_at(setting.model, names, clean[:n]),
         len(clean),
         memory_budget=memory_budget,
         batch_size=batch_size,
     )
     for tokens in clean.split(size):
-        for name, value in activations_at(setting.model, names, tokens)[0].items():
+        for name, value in values_at(setting.model, names, tokens).items():
             part = value.sum(0, keepdim=True)
             totals[name] = totals[name] + part if name in totals else part
     return {name: total / len(clean) for name, total in totals.items()}
@@ -250,7 +251,7 @@ def _output_weights(setting: Setting, i: int, post: str) -> Float[Tensor, "neuro
     weight = getattr(module_of(model, f"blocks.{i}.mlp"), "W_out", None)
     if not isinstance(weight, Tensor) or post not in getattr(model, "hook_dict", {}) or layer.mlp_out is None:
         raise UnsupportedModel(f"{type(model).__name__} has no W_out or hook_post at blocks.{i}.mlp")
-    values, _ = activations_at(model, [post, layer.mlp_out], setting.tokens[:2])
+    values = values_at(model, [post, layer.mlp_out], setting.tokens[:2])
     spread = [values[name] - values[name].mean((0, 1)) for name in (post, layer.mlp_out)]
     if not same(spread[0] @ weight.to(spread[0].dtype), spread[1]):
         raise UnsupportedModel(f"the neurons at {post} do not add up to what the MLP of blocks.{i} writes")

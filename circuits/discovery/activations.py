@@ -51,17 +51,24 @@ def check_model(model: HookedModel, sites: Sites, tokens: Int[Tensor, "batch pos
     check_exact(sites, values_at(model, sites.all_hooks, tokens[:1]))
 
 
-def values_at(model: HookedModel, names: Sequence[str], tokens: Int[Tensor, "batch pos"]) -> Store:
-    """Return the activations at some hooks, by name, without gradients.
+def activations_at(
+    model: HookedModel, names: Sequence[str], tokens: Int[Tensor, "batch pos"]
+) -> tuple[Store, Float[Tensor, "batch pos d_vocab_out"]]:
+    """Return the activations of a plain run at some hooks, by name, and its logits, without gradients.
 
     Raises:
         UnsupportedModel: the model passes one of them by.
     """
     store: Store = {}
     with torch.no_grad(), model.hooks(fwd_hooks=[(name, _keep(store, name)) for name in names]):
-        model(tokens)
+        logits = model(tokens)
     check_hooks(model, names, store, "is never reached in a run")
-    return store
+    return store, logits
+
+
+def values_at(model: HookedModel, names: Sequence[str], tokens: Int[Tensor, "batch pos"]) -> Store:
+    """Return the same without the logits."""
+    return activations_at(model, names, tokens)[0]
 
 
 def gradients(
@@ -119,13 +126,13 @@ def gradients(
         total = measure(metric, logits, pairs).sum()
         if not total.requires_grad:
             raise BadInput(f"metric {name_of(metric)} does not depend on the logits: expected a differentiable one")
-        if needed is not None and not needed({name: tensor.detach() for name, tensor in store.items()}):
-            return {name: tensor.detach() for name, tensor in store.items()}, {}, logits.detach()
+        values = {name: tensor.detach() for name, tensor in store.items()}
+        if needed is not None and not needed(values):
+            return values, {}, logits.detach()
         found = torch.autograd.grad(total, [store[name] for name in at], allow_unused=True)
     if not given:
         # Where an activation is put in place, what lies before it has no gradient to rule.
         rewriting.check(name for name, gradient in zip(at, found, strict=True) if gradient is None)
-    values = {name: tensor.detach() for name, tensor in store.items()}
     grads = {n: torch.zeros_like(values[n]) if g is None else g for n, g in zip(at, found, strict=True)}
     return values, grads, logits.detach()
 

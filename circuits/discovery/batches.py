@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.discovery.ablate import ablated_logits, name_of_ablation, shared_replacement
-from circuits.discovery.activations import check_model, source_differences, source_values
-from circuits.discovery.blocks import Blocks, activations_at, blocks_of
+from circuits.discovery.activations import check_model, source_differences, source_values, values_at
+from circuits.discovery.blocks import Blocks, blocks_of
 from circuits.discovery.memory import pairs_at_a_time
 from circuits.discovery.metrics import Metric, check_pairs, measure, measure_at_answers
 from circuits.discovery.patching import Advance, Patching
@@ -188,7 +188,7 @@ def _patching(setting: Setting, blocks: Blocks, rows: Tensor, position: int, mem
     length = position + 1 if blocks.causal else setting.tokens.shape[1]
     part = setting.pairs.take(rows)
     model, sites = setting.model, setting.sites
-    values, _ = activations_at(model, sites.all_hooks, setting.tokens[rows, :length])
+    values = values_at(model, sites.all_hooks, setting.tokens[rows, :length])
     if setting.replaced is None:
         others = part.clean if setting.denoising else part.corrupt
         replaced: Mapping[str, Tensor] = source_values(model, sites, others[:, :length])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise, product
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.discovery.activations import Store
-from circuits.discovery.sites import Sites, check_hooks
+from circuits.discovery.activations import Store, activations_at
+from circuits.discovery.sites import Sites
 from circuits.errors import UnsupportedModel
 from circuits.model import HookedModel, Transformer, module_of
 
@@ -262,24 +262,6 @@ def blocks_of(model: HookedModel, sites: Sites, tokens: Int[Tensor, "batch pos"]
         if not same(blocks.logits(streams[-1]), logits):
             raise UnsupportedModel("the logits are not the unembedding of the final norm")
     return blocks
-
-
-def activations_at(
-    model: HookedModel, names: Sequence[str], tokens: Int[Tensor, "batch pos"]
-) -> tuple[Store, Float[Tensor, "batch pos d_vocab_out"]]:
-    """Return the activations of a plain run at some hooks, and its logits, without gradients."""
-    store: Store = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(tensor: Tensor, *, hook: Any) -> None:
-            store[name] = tensor
-
-        return hook
-
-    with torch.no_grad(), model.hooks(fwd_hooks=[(name, keep(name)) for name in names]):
-        logits = model(tokens)
-    check_hooks(model, names, store, "is never reached in a run")
-    return store, logits
 
 
 def same(got: Tensor, expected: Tensor) -> bool:

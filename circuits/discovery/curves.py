@@ -318,7 +318,7 @@ def _frame(
     rows: list[dict[str, Any]] = []
     for curve, part in list(zip(curves, parts, strict=True))[:2]:
         for i, (share, size) in enumerate(zip(curve.x, curve.sizes, strict=True), part.start):
-            low, high = spans[i - 2]
+            low, high = spans[i - parts[0].start]
             rows.append(_row(curve.ranking, size, connected[i], share, table[i].mean(), point[0, i], low, high))
     control = parts[2:]
     for j, (share, size) in enumerate(zip(curves[2].x, curves[2].sizes, strict=True)):

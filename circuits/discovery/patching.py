@@ -199,16 +199,16 @@ class Patching:
         blocks, at, batch = self.blocks, self.at(i), len(x) // n
         _, k, v = self._qkv[i]
         directions, weights = self._of_one
+        if which == 2:
+            return blocks.read_by_one(i, weights.repeat(n, 1, 1), x)
         if which == 0:
-            (new,) = blocks.project(i, x[:, at], (0,), at)
-            # the sets stand as queries beside each other, so that a pair's keys and values are not repeated
-            beside = new.unflatten(0, (n, batch))[:, :, :, 0].permute(1, 2, 0, 3)
-            return blocks.patterns[i].read(beside, k, v, at).permute(2, 0, 1, 3).flatten(0, 1)[:, :, None]
-        if which == 1:
-            weights = blocks.pattern_of_one(i, directions.repeat(n, 1, 1), x, at)
-            beside = weights.unflatten(0, (n, batch)).permute(1, 2, 0, 3)
-            return (beside @ v).permute(2, 0, 1, 3).flatten(0, 1)[:, :, None]
-        return blocks.read_by_one(i, weights.repeat(n, 1, 1), x)
+            changed = blocks.project(i, x[:, at], (0,), at)[0][:, :, 0]
+        else:
+            changed = blocks.pattern_of_one(i, directions.repeat(n, 1, 1), x, at)
+        # the sets stand as queries beside each other, so that a pair's keys and values are not repeated
+        beside = changed.unflatten(0, (n, batch)).permute(1, 2, 0, 3)
+        read = blocks.patterns[i].read(beside, k, v, at) if which == 0 else beside @ v
+        return read.permute(2, 0, 1, 3).flatten(0, 1)[:, :, None]
 
     @cached_property
     def _of_one(self) -> tuple[Float[Tensor, "batch head d_model"], Float[Tensor, "batch head pos"]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from circuits._decoding import last_logits
 from circuits.errors import BadInput
 from circuits.mechanisms.carry_cascade import draw_operands, draw_right_swaps
-from circuits.mechanisms.columns import Found, Swaps, evidence_of, inner_variables
+from circuits.mechanisms.columns import Found, Swaps, evidence_of, inner_variables, source_outputs
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.readings import activations, device_of, hooked
 from circuits.tasks.base import Task, Variable
@@ -96,7 +96,7 @@ def swapped_parts(
     reverse = bool(getattr(task, "reverse", False))
     hooks: list[tuple[str, Callable[..., Tensor]]] = []
     for name, own in moved.items():
-        clean, given = (outputs[name][:, 0] for outputs in written)
+        clean, given = (outputs[name][:, -1] for outputs in written)
         change = own.view_as(clean)
         changed = given - change if carry else clean + change
 
@@ -107,11 +107,10 @@ def swapped_parts(
 
         hooks.append((name, put))
     if reverse and carry:
-        embedded = activations(model, swaps.source, ["hook_embed"], last=1)["hook_embed"]
 
         def embed(activation: Tensor, hook: Any) -> Tensor:
             activation = activation.clone()
-            activation[:, -1] = embedded[:, -1]
+            activation[:, -1] = written[1]["hook_embed"][:, -1]
             return activation
 
         hooks.append(("hook_embed", embed))
@@ -133,13 +132,13 @@ class Drawn:
 def judged(model: Any, task: Any, drawn: Drawn, sums: Fitted) -> Found:
     """How often swapping one part gives the predicted digit, and how often that fitted to other sums' digits does."""
     swaps, name, column = drawn.swaps, drawn.variable.name, drawn.column
-    base, source = (head_outputs(model, tokens, [swaps.position]) for tokens in (swaps.base, swaps.source))
+    written = head_outputs(model, swaps.base, [swaps.position]), source_outputs(model, swaps)
     before, after = (column_digits(x, column).to(swaps.base.device) for x in (drawn.base, drawn.source))
     shares = []
     for renamed in (False, True):
         own = sums.own_parts(column, swaps.position, renamed=renamed)
         moved = {hook: table[after] - table[before] for hook, table in own.items()}
-        shares.append(swapped_parts(model, task, swaps, (base, source), moved, carry=name.startswith("carry")))
+        shares.append(swapped_parts(model, task, swaps, written, moved, carry=name.startswith("carry")))
     return Found(name, (), int(shares[0].sum()), len(shares[0]), float(shares[1].float().mean()))
 
 

@@ -229,7 +229,7 @@ def forward_backward(
     if scales is not None:
         hooks += [(hook, listener(name)) for name, hook in scale_hooks(model, layers).items()]
     with torch.enable_grad(), hooked(model, hooks):
-        output = _last_logits(model, tokens, cheap=True)
+        output = last_logits(model, tokens)[:, -1]
         if int(answer_tokens.max()) >= output.shape[-1]:
             raise BadInput(
                 f"the model has {output.shape[-1]} output tokens but the task's answers go up to token "
@@ -276,12 +276,8 @@ def answer_logits(
     others, which is half of the work on three tokens.
     """
     with torch.no_grad(), hooked(model, hooks or []):
-        return _last_logits(model, tokens, cheap)[:, task.answer_tokens.to(tokens.device)]
-
-
-def _last_logits(model: Any, tokens: Int[Tensor, "rows pos"], cheap: bool) -> Float[Tensor, "rows d_vocab_out"]:
-    """Logits at the last position."""
-    return last_logits(model, tokens)[:, -1] if cheap else model(tokens)[:, -1]
+        logits = last_logits(model, tokens) if cheap else model(tokens)
+    return logits[:, -1, task.answer_tokens.to(tokens.device)]
 
 
 def decisive_layers(model: Any, task: Task, readings: Readings, *, cost: float = 0.3) -> tuple[int, ...]:

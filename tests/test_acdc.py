@@ -42,7 +42,7 @@ def naive(model: Any, pairs: Pairs, metric: Any, tau: float, distance: bool) -> 
     return keep, changes
 
 
-SHAPES = ["none", "layer-norm", "rms-gated-no-positions", "attention-only", "GPTNeoX", "Llama"]
+SHAPES = ["layer-norm", "rms-gated-no-positions", "GPTNeoX", "Llama"]
 CASES = [*((shape, "kl") for shape in SHAPES), ("GPTNeoX", "logit-difference"), ("attention-only", "squared-error")]
 
 

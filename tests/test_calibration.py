@@ -14,7 +14,7 @@ from circuits.study import calibration
 from circuits.study.calibration import Calibration, calibrate
 
 SMALL = {
-    "fourier-pizza": ({"p": 23, "frequencies": 3},),
+    "fourier-pizza": ({"p": 13, "frequencies": 2},),
     "number-line": ({"n": 12},),  # which has tests that a modular task has not, and lacks others
     "random-init": ({"p": 11},),
 }
@@ -37,12 +37,12 @@ def test_rows_are_single_verdicts_and_are_not_computed_twice(small: None, folder
     tmp_path = folder
     found = calibrate(tmp_path, seeds=2, progress=False)
     assert len(found.table) == 3 * (2 + 1)
-    model, task, truth = reference.build("fourier-pizza", seed=1, p=23, frequencies=3)
+    model, task, truth = reference.build("fourier-pizza", seed=1, p=13, frequencies=2)
     verdict = mechanisms.explain(model, task, budget="quick")
     table = found.table
     row = table[(table["family"] == "fourier-pizza") & (table["nuisance"] == "none") & (table["seed"] == 1)].iloc[0]
     assert (row["truth"], row["label"], row["mechanism"]) == (truth, verdict.label, verdict.mechanism)
-    assert row["spectral"] == verdict["spectral"].value and row["size"] == "frequencies 3, p 23"
+    assert row["spectral"] == verdict["spectral"].value and row["size"] == "frequencies 2, p 13"
     assert set(table.loc[table["family"] == "random-init", "label"]) == {"not-learned"}
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
     again = calibrate(tmp_path, seeds=2, progress=False)

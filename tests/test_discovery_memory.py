@@ -165,7 +165,7 @@ EVALUATIONS = ("ablated", "ablated, mean", "ablated by position", "nested", "com
 
 @pytest.mark.parametrize("call", [*EVALUATIONS, "faithfulness", "hypothesis-tests"])
 def test_an_evaluation_within_a_budget_is_that_without(call: str) -> None:
-    model, pairs = wide(), many_pairs(24)
+    model, pairs = wide(n_layers=1), many_pairs(24)
     whole = CALLS[call](model, pairs)
     for options in ({"memory_budget": 700_000}, {"batch_size": 7}):
         part = CALLS[call](model, pairs, **options)
@@ -183,7 +183,7 @@ def numbers(result: Any) -> list[list[float]]:
 
 
 def test_resamples_within_a_budget_are_those_without() -> None:
-    whole, part = (discovery.stability(SCORED, 400, memory_budget=budget) for budget in (None, MB))
+    whole, part = (discovery.stability(SCORED, 120, memory_budget=budget) for budget in (None, MB))
     assert part.jaccard == pytest.approx(whole.jaccard) and part.interval == pytest.approx(whole.interval)
     assert torch.allclose(part.frequency, whole.frequency)
     right, left = (discovery.edge_accuracy(SCORED, TRUE_EDGES, memory_budget=budget) for budget in (None, MB))
@@ -194,7 +194,7 @@ def test_resamples_within_a_budget_are_those_without() -> None:
         assert torch.allclose(got, expected)
 
 
-@pytest.mark.parametrize("call", ["eap", "exact", "path", "acdc", "mask-gradient", "ablated", "kl-divergence"])
+@pytest.mark.parametrize("call", ["eap", "exact", "path", "ablated", "kl-divergence"])
 def test_a_large_vocabulary_counts(call: str) -> None:
     model, pairs = wide(d_vocab=5000, n_layers=1), many_pairs(32, 5000)
     budget = 5 * MB
@@ -215,7 +215,7 @@ def test_means_over_many_inputs_are_taken_in_parts() -> None:
     assert all(close(parts[name], whole[name], 1e-5) for name in names)
 
 
-@pytest.mark.parametrize("call", ["exact", "acdc", "eap"])
+@pytest.mark.parametrize("call", ["exact", "eap"])
 def test_a_model_that_is_run_whole_keeps_its_budget_too(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise UnsupportedModel("an odd part")

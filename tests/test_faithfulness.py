@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from discovery_models import at_answers, build, close, model_of, shapes, some_pairs
+from discovery_models import SHAPES, VARIANTS, at_answers, build, close, model_of, some_pairs
 from torch import Tensor
 
 from circuits.discovery import MIB_SHARES, Circuit, Graph, ablated_metric, eap, exact, faithfulness, logit_difference
@@ -24,8 +24,7 @@ def shuffled(graph: Graph, seed: int) -> torch.Tensor:
     return graph.connected(_prefixes(order, graph.n_edges, range(graph.n_edges + 1))).flip(0)
 
 
-@shapes
-@pytest.mark.parametrize("ablation", ["corrupt", "mean"])
+@pytest.mark.parametrize(("shape", "ablation"), [*((s, "corrupt") for s in SHAPES), *((s, "mean") for s in VARIANTS)])
 def test_nested_circuits_are_what_they_are_one_by_one(shape: str, ablation: str) -> None:
     model, pairs = model_of(shape), some_pairs(6)
     keep = shuffled(Graph.from_model(model), seed=2)
@@ -222,8 +221,16 @@ class Benchmark:
         return out
 
 
-@pytest.mark.parametrize("shape", ["layer-norm", "attention-only", "rms-gated-no-positions", "GPT2", "GPTNeoX"])
-@pytest.mark.parametrize("ablation", ["corrupt", "mean", "zero"])
+@pytest.mark.parametrize(
+    ("shape", "ablation"),
+    [
+        ("layer-norm", "corrupt"),
+        ("attention-only", "zero"),
+        ("rms-gated-no-positions", "mean"),
+        ("GPTNeoX", "corrupt"),
+        ("GPT2", "mean"),
+    ],
+)
 def test_the_benchmarks_areas_are_those_of_the_benchmark(shape: str, ablation: str) -> None:
     model, pairs = model_of(shape), some_pairs(6)
     circuit = exact(model, pairs)

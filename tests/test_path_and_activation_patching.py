@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from discovery_models import at_answers, build, close, hooks_into, model_of, planted, shapes, some_pairs
+from discovery_models import (
+    SHAPES,
+    VARIANTS,
+    at_answers,
+    build,
+    close,
+    hooks_into,
+    model_of,
+    planted,
+    shapes,
+    some_pairs,
+)
 from torch import Tensor
 
 from circuits.discovery import activation_patching, exact, exact_nodes, path_patching
@@ -153,8 +164,10 @@ def patched(model: Any, pairs: Pairs, name: str, index: tuple[Any, ...]) -> Tens
             return at_answers(model(pairs.clean), pairs) - base
 
 
-@shapes
-@pytest.mark.parametrize("over", ["positions", "heads", "neurons"])
+SWEEPS = [(shape, over) for shape in SHAPES for over in ("positions", "heads")]
+
+
+@pytest.mark.parametrize(("shape", "over"), [*SWEEPS, *((s, "neurons") for s in (*VARIANTS, "Llama"))])
 def test_a_sweep_equals_hooks_that_patch_one_place_at_a_time(shape: str, over: str) -> None:
     model, pairs = model_of(shape), some_pairs(3)
     if over == "neurons" and shape == "attention-only":

@@ -102,7 +102,7 @@ TABLES = (
         "Reference models",
         "A reference model's mechanism is known by construction: the tests of mechanisms are held to it.",
         reference,
-        reference.REFERENCES,
+        reference.REFERENCES | reference.TRAINED,
         'model, task, truth = cx.reference.build("{name}", seed=0)',
     ),
 )
@@ -157,6 +157,9 @@ def separation(test: str) -> str:
     # below one half the other family has the higher values, which tells the two apart as well
     areas = {(row["family"], row["other"]): max(float(row["auroc"]), 1 - float(row["auroc"])) for row in rows}
     families = families_of(areas)
+    sizes = {
+        row[name]: int(row[f"n_{kind}"]) for row in rows for kind, name in (("family", "family"), ("other", "other"))
+    }
     header = "| | " + " | ".join(families[1:]) + " |\n|---|" + "---|" * len(families[1:])
     lines = [
         f"| {one} | "
@@ -167,9 +170,10 @@ def separation(test: str) -> str:
     return (
         "\n## Measured separation\n\n"
         "Area under the ROC curve of telling two families of [reference models](../references.md) apart by this value: "
-        "1 always, 0.5 never. Models that have learned their task, as in [calibration](../../calibration.md).\n\n"
+        "1 always, 0.5 never. Models that have learned their task, and untrained ones, as in "
+        "[calibration](../../calibration.md).\n\n"
         + "\n".join([header, *lines])
-        + "\n"
+        + f"\n\nModels with a value: {', '.join(f'{family} {size}' for family, size in sizes.items())}.\n"
     )
 
 

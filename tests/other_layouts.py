@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
 import torch
 
 from circuits.model import ModelConfig, Transformer
 from circuits.reference import Reference, build
 from circuits.reference.wiring import Mechanism, Neurons, conjunctions, one_hot, wire
 from circuits.tasks import Addition
+from circuits.tasks.base import Batch
 
 DOUBLE = torch.float64
 
@@ -91,3 +95,88 @@ def code_made_by_a_layer(name: str, *, seed: int = 0, **sizes: int) -> Reference
     state["unembed.W_U"][:d] = old["unembed.W_U"]
     new.load_state_dict({key: value.float() for key, value in state.items()})
     return Reference(new.eval(), task, truth)
+
+
+@dataclass(frozen=True)
+class BehindBos:
+    """A one-token task whose prompts begin with a token of their own; what does not speak of tokens is the task's."""
+
+    name: ClassVar[str] = "behind-bos"
+    task: Any
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("task", "operation"):  # nor does it say how it combines its operands
+            raise AttributeError(name)
+        return getattr(self.task, name)
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        return (*self.task.vocabulary, "<bos>")
+
+    @property
+    def d_vocab(self) -> int:
+        return int(self.task.d_vocab) + 1
+
+    @property
+    def n_ctx(self) -> int:
+        return int(self.task.n_ctx) + 1
+
+    @property
+    def roles(self) -> torch.Tensor:
+        return torch.cat([self.task.roles[:1], self.task.roles])
+
+    def encode(self, operands: torch.Tensor) -> Batch:
+        return self._prefixed(self.task.encode(operands))
+
+    def examples(self, split: str, *, limit: int | None = None, seed: int = 0) -> Batch:
+        return self._prefixed(self.task.examples(split, limit=limit, seed=seed))
+
+    def verify(self, tokens: torch.Tensor) -> torch.Tensor:
+        right: torch.Tensor = self.task.verify(tokens[:, 1:])
+        return right
+
+    def read_answer(self, tokens: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.task.read_answer(tokens[:, 1:])
+        return answer
+
+    def _prefixed(self, batch: Batch) -> Batch:
+        first = torch.full_like(batch.tokens[:, :1], int(self.task.d_vocab))
+        return Batch(torch.cat([first, batch.tokens], dim=1), batch.operands, self.roles)
+
+
+class RenamedAnswers:
+    """Addition whose answers stand for other numbers: the same sequences, of no operation that has a name."""
+
+    name = "renamed-answers"
+
+    def __init__(self, task: Any) -> None:
+        self.task = task
+        self.names = torch.randperm(len(task.answer_values), generator=torch.Generator().manual_seed(0))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("task", "names", "operation"):
+            raise AttributeError(name)
+        return getattr(self.task, name)
+
+    @property
+    def answer_tokens(self) -> torch.Tensor:
+        tokens: torch.Tensor = self.task.answer_tokens[self.names.argsort()]
+        return tokens
+
+    def answer(self, operands: torch.Tensor) -> torch.Tensor:
+        return self.names[self.task.answer(operands)]
+
+
+def behind_bos(reference: Reference) -> Reference:
+    """The same network one position later, behind a token that says nothing."""
+    model, task, truth = reference
+    state = model.state_dict()
+    other = Transformer(replace(model.config, d_vocab=model.config.d_vocab + 1, n_ctx=model.config.n_ctx + 1))
+    zero = torch.zeros_like(state["embed.W_E"][:1])
+    state["embed.W_E"] = torch.cat([state["embed.W_E"], zero])
+    if "pos_embed.W_pos" in state:
+        state["pos_embed.W_pos"] = torch.cat([zero, state["pos_embed.W_pos"]])
+    else:  # which looks at all positions alike, and now at one more
+        state["blocks.0.attn.W_V"] = state["blocks.0.attn.W_V"] * other.config.n_ctx / model.config.n_ctx
+    other.load_state_dict(state)
+    return Reference(other.eval(), BehindBos(task), truth)

@@ -220,3 +220,11 @@ def test_intervals_hold_the_values_and_nothing_is_decided() -> None:
             low, high = evidence.interval
             assert low - 1e-9 <= evidence.value <= high + 1e-9, evidence.test
             assert evidence.passed is None and evidence.control is not None
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_verdict_is_fourier_where_the_task_is_learned(run: str) -> None:
+    model, _ = published(run)
+    verdict = mechanisms.explain(model, TASK, budget="quick")
+    learned = SUB_LABELS[run] is not None
+    assert (verdict.label, verdict.mechanism) == (("algorithm", "fourier") if learned else ("not-learned", None))

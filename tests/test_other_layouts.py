@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from other_layouts import code_made_by_a_layer, dense, digit_pairs
+import torch
+from other_layouts import RenamedAnswers, behind_bos, code_made_by_a_layer, dense, digit_pairs
 
-from circuits.mechanisms import digit_neurons, explain
+from circuits.mechanisms import applicable, digit_neurons, explain
 from circuits.reference import Reference, build
 from circuits.training import accuracies
 
@@ -23,6 +24,8 @@ LAYOUTS: dict[str, Callable[[], Reference]] = {
     "columns made by a layer": lambda: code_made_by_a_layer("columns", n=30),
     "range lookup made by a layer": lambda: code_made_by_a_layer("range-lookup", n=30),
     "dense range lookup": lambda: dense("range-lookup", n=30),
+    "fourier behind another token": lambda: behind_bos(build("fourier-pizza", p=29)),
+    "columns behind another token": lambda: behind_bos(build("columns", n=30)),
 }
 
 
@@ -48,3 +51,47 @@ def test_neurons_that_work_on_columns_move_with_their_digits_and_ranges_do_not()
     assert ranges.value < 0.8 and ranges.passed is False
     trained = digit_neurons(*build("banded", n=60)[:2])
     assert trained.value < 0.5
+
+
+SMALL: dict[str, dict[str, int]] = {
+    "fourier-pizza": {"p": 13, "frequencies": 2},
+    "number-line": {"n": 13},
+    "columns": {"n": 20},
+    "range-lookup": {"n": 20, "grids": 3},
+    "pair-memoriser": {"p": 7},
+}
+
+
+@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_precision_does_not_matter(family: str, dtype: torch.dtype) -> None:
+    model, task, truth = build(family, **SMALL[family])
+    verdict = explain(model.to(dtype), task, budget="quick")
+    assert f"{verdict.label}/{verdict.mechanism}" == truth, verdict.why
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_the_size_of_activations_does_not_matter(family: str) -> None:
+    model, task, truth = build(family, **SMALL[family])
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.W_in *= 1e-7
+            block.mlp.b_in *= 1e-7
+            block.mlp.W_out /= 1e-7
+    verdict = explain(model, task, budget="quick")
+    assert f"{verdict.label}/{verdict.mechanism}" == truth, verdict.why
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_test_runs_behind_another_token_and_in_any_precision(dtype: torch.dtype) -> None:
+    model, task, truth = behind_bos(build("fourier-pizza", **SMALL["fourier-pizza"]))
+    verdict = explain(model.to(dtype), task)
+    assert f"{verdict.label}/{verdict.mechanism}" == truth and verdict.sub_label is not None
+    assert {item.test for item in verdict.items} == set(applicable(task))
+
+
+def test_what_no_test_of_sums_can_be_asked_about_gets_a_verdict_all_the_same() -> None:
+    model, task, _ = build("range-lookup", **SMALL["range-lookup"])
+    verdict = explain(model, RenamedAnswers(task), budget="quick")
+    assert "spectral" not in verdict and "rectangles" in verdict
+    assert verdict.label == "heuristics"

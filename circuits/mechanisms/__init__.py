@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from circuits.mechanisms.interchange import interchange
 from circuits.mechanisms.knockout import knockout
 from circuits.mechanisms.logit_terms import logit_terms
 from circuits.mechanisms.pair_lookup import pair_lookup
-from circuits.mechanisms.readings import Readings, has_one_answer_token, read
+from circuits.mechanisms.readings import Readings, has_one_answer_token, operation_of, read
 from circuits.mechanisms.rectangles import rectangles
 from circuits.mechanisms.region_interchange import region_interchange
 from circuits.mechanisms.result_heuristics import result_heuristics
@@ -101,6 +101,19 @@ DESCRIBING = (
 )
 """Tests that describe such a model and decide nothing: they read the same ``Readings``."""
 
+OF_SUMS = (
+    "spectral",
+    "functional-form",
+    "interchange",
+    "region-interchange",
+    "variable-interchange",
+    "helix",
+    "equivariance",
+    "description-length",
+    "das",
+)
+"""Tests that need operands under whose names the answer is their sum, as sums, differences and products have."""
+
 MODULAR = ("gradient-symmetricity", "distance-irrelevance", "circularity", "isolated-circles", "logit-terms")
 """The same for answers on a circle: which of the known Fourier algorithms it is."""
 
@@ -146,6 +159,7 @@ __all__ = [
     "knockout",
     "logit_terms",
     "match",
+    "measure",
     "pair_lookup",
     "read",
     "rectangles",
@@ -175,7 +189,10 @@ def applicable(task: Task, *, budget: str = "full") -> tuple[str, ...]:
         more = (*(MODULAR if task.period else ()), *DESCRIBING) if budget == "full" else ()
         more = tuple(name for name in more if name != "das" or das_available())
         digits = () if task.period else DIGITS
-        return ("accuracy-gate", "block-gap", *DECIDING, *digits, *more, *own)
+        names = ("accuracy-gate", "block-gap", *DECIDING, *digits, *more, *own)
+        if operation_of(task) is None:
+            names = tuple(name for name in names if name not in (*OF_SUMS, *DIGITS, *MODULAR))
+        return names
     if any(change.startswith("carry into column") for change in getattr(task, "pair_changes", ())):
         return ("accuracy-gate", "block-gap", *COLUMNS, *own)
     return ("accuracy-gate", "block-gap", *own)
@@ -203,40 +220,22 @@ def explain(model: Any, task: Task, *, seed: int = 0, budget: str = "full", prog
     Source: the tests name theirs; the rule is ours (``circuits/mechanisms/rule.py``).
     Fails when: no candidate algorithm is the true one; the label is then ``undetermined``.
     """
-    from tqdm.auto import tqdm
-
     check_integer("seed", seed, 0, 2**32 - 1)  # numpy's generators take no other
     if not hasattr(model, "hook_dict"):
         raise BadInput(f"{type(model).__name__} has no TransformerLens hooks; pass a HookedRootModule or a bridge")
     for weight_name, weight in model.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise CorruptRun(f"{weight_name} is not finite (NaN or infinity): the model is damaged")
-    items: list[Evidence] = []
-    passed_over: list[str] = []
-    readings: Readings | None = None
-    for name in tqdm(applicable(task, budget=budget), desc="explain", unit="test", disable=not progress, leave=False):
-        if len(items) == 2 and not worth_explaining(items[0]):
-            break
-        started = time.perf_counter()
-        shared: dict[str, Readings] = {}
-        if "readings" in inspect.signature(TESTS[name]).parameters:
-            try:
-                readings = readings or _read(model, task, seed)
-            except UnsupportedModel as error:
-                verdict = decide(tuple(items))
-                return dataclasses.replace(
-                    verdict, why=f"{verdict.why.rstrip()} No test of mechanism applies: {error}."
-                )
-            shared = {"readings": readings}
-        try:
-            evidence = TESTS[name](model, task, seed=seed, **shared)
-        except UnsupportedModel as error:
-            if name not in (*DESCRIBING, *MODULAR):
-                raise
-            passed_over.append(f"{name}: {error}")
-            continue
-        items.append(dataclasses.replace(evidence, seconds=time.perf_counter() - started))
-    verdict = decide(tuple(items))
+    names = applicable(task, budget=budget)
+    gates, _ = measure(model, task, names[:2], seed=seed)
+    if not worth_explaining(gates[0]):
+        return decide(gates)
+    try:
+        items, passed_over = measure(model, task, names[2:], seed=seed, progress=progress)
+    except _NoNeuron as error:
+        verdict = decide(gates)
+        return dataclasses.replace(verdict, why=f"{verdict.why.rstrip()} No test of mechanism applies: {error}.")
+    verdict = decide((*gates, *items))
     if passed_over:
         verdict = dataclasses.replace(verdict, why=f"{verdict.why} Not applicable: {'; '.join(passed_over)}.")
     sub_label = clock_or_pizza(verdict.items) if verdict.mechanism == "fourier" else None
@@ -245,13 +244,63 @@ def explain(model: Any, task: Task, *, seed: int = 0, budget: str = "full", prog
     return dataclasses.replace(verdict, sub_label=sub_label.name, why=f"{verdict.why} {sub_label.why}")
 
 
+def measure(
+    model: Any, task: Task, tests: Sequence[str], *, seed: int = 0, progress: bool = False
+) -> tuple[tuple[Evidence, ...], tuple[str, ...]]:
+    """Return the evidence of some tests, and what is said of those that describe and do not fit the model.
+
+    They share one ``Readings``. Nothing is asked of the model: an untrained one is measured like any other.
+
+    Args:
+        model: any hooked model that reads the task's tokens.
+        task: the task that it was trained on.
+        tests: names of ``TESTS``, as ``applicable`` gives them.
+        seed: seed of every draw.
+        progress: show a progress bar.
+
+    Raises:
+        UnknownName: no such test.
+        UnsupportedModel: the model has no neurons that matter to the answers, or a test that the rule reads does not
+            fit it.
+    """
+    from tqdm.auto import tqdm
+
+    items: list[Evidence] = []
+    passed_over: list[str] = []
+    readings: Readings | None = None
+    for name in tqdm(tests, desc="explain", unit="test", disable=not progress, leave=False):
+        if name not in TESTS:
+            raise UnknownName("test", name, TESTS)
+        started = time.perf_counter()
+        shared: dict[str, Readings] = {}
+        if "readings" in inspect.signature(TESTS[name]).parameters:
+            readings = readings or _read(model, task, seed)
+            shared = {"readings": readings}
+        try:
+            evidence = TESTS[name](model, task, seed=seed, **shared)
+        except (BadInput, UnsupportedModel) as error:
+            if name not in (*DESCRIBING, *MODULAR):
+                raise
+            passed_over.append(f"{name}: {error}")
+            continue
+        items.append(dataclasses.replace(evidence, seconds=time.perf_counter() - started))
+    return tuple(items), tuple(passed_over)
+
+
+class _NoNeuron(UnsupportedModel):
+    """No neuron has a part in the answers."""
+
+
 def _read(model: Any, task: Task, seed: int) -> Readings:
     """Read a model whose neurons have a part in its answers.
 
     Raises:
-        UnsupportedModel: they have none, or there are none.
+        _NoNeuron: they have none, or there are none.
     """
-    readings = read(model, task, seed=seed)
+    try:
+        readings = read(model, task, seed=seed)
+    except UnsupportedModel as error:
+        raise _NoNeuron(str(error)) from error
     if not bool((readings.importance > 0).any()):
-        raise UnsupportedModel("no neuron matters to the answers, which pass by the MLPs")
+        raise _NoNeuron("no neuron matters to the answers, which pass by the MLPs")
     return readings

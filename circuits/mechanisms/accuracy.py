@@ -11,6 +11,7 @@ from torch import Tensor
 
 from circuits._decoding import greedy_right
 from circuits._stats import wilson_interval
+from circuits.errors import BadInput
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.readings import has_one_answer_token
 from circuits.tasks.base import SPLITS, Task
@@ -71,6 +72,11 @@ def accuracy_gate(model: Any, task: Task, *, seed: int = 0, limit: int | None = 
         batch = task.examples(split, limit=min(limit, task.split_size(split)), seed=seed)
         right[split], operands[split] = greedy_right(model, task, batch).to("cpu"), batch.operands
         details[split] = float(right[split].float().mean())
+    if "random" not in right or "train" not in right:
+        raise BadInput(
+            f"{task.name} has no {'training' if 'train' not in right else 'random held-out'} pairs: without unseen "
+            "pairs beside the training pairs nothing shows what was learned; split the task, as by train_fraction = 0.8"
+        )
     held, pairs = right["random"], operands["random"]
     if hasattr(task, "cascade_length"):
         short = task.cascade_length(pairs) == 0

@@ -16,7 +16,15 @@ from circuits.errors import BadInput
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.interchange import operand_embedding
 from circuits.mechanisms.progress_measures import gini
-from circuits.mechanisms.readings import GroupTable, Readings, answer_logits, group_operands, group_table, read
+from circuits.mechanisms.readings import (
+    GroupTable,
+    Readings,
+    answer_logits,
+    group_operands,
+    group_table,
+    operand_positions,
+    read,
+)
 from circuits.tasks.base import Task
 
 COMPONENTS = 4
@@ -213,15 +221,17 @@ def explained_by(moments: Any) -> float:
 def logits_from(model: Any, task: Task, group: GroupTable, table: Float[Tensor, "n d"]) -> Float[Tensor, "rows p"]:
     """Return the answers' logits, in the group's order, with the operands' embeddings taken from a table."""
     out = []
+    places = operand_positions(task)
     for tokens, operands in zip(group.tokens.split(4096), group.operands.split(4096), strict=True):
 
         def put(activation: Tensor, hook: Any, operands: Tensor = operands) -> Tensor:
             activation = activation.clone()
-            activation[:, 0], activation[:, 1] = table[operands[:, 0]], table[operands[:, 1]]
+            for operand, place in enumerate(places):
+                activation[:, place] = table[operands[:, operand]].to(activation.dtype)
             return activation
 
         out.append(answer_logits(model, task, tokens, [("hook_embed", put)]))
-    return torch.cat(out)[:, group.columns]
+    return torch.cat(out)[:, group.columns].float()
 
 
 def isolated_circles(model: Any, task: Task, *, seed: int = 0, readings: Readings | None = None) -> Evidence:

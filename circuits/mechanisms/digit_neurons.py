@@ -77,7 +77,7 @@ class _Setting:
 
             def put(activation: Tensor, hook: Any, moved: Tensor = moved) -> Tensor:
                 activation = activation.clone()
-                activation[:, -1] = activation[:, -1] + moved
+                activation[:, -1] = activation[:, -1] + moved.to(activation.dtype)
                 return activation
 
             name = f"blocks.{layer}.mlp.hook_post"

@@ -12,7 +12,7 @@ from torch import Tensor
 from circuits._stats import bootstrap_interval
 from circuits.mechanisms.accuracy import commutes
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.readings import Readings, group_index, read
+from circuits.mechanisms.readings import Readings, group_index, operation_of, read, varies
 from circuits.mechanisms.selection import regression
 from circuits.tasks.base import Task
 
@@ -37,7 +37,7 @@ def shift_from_answer(
     everything = torch.ones(n, dtype=torch.bool, device=operands.device)
     if not task.period:
         return values[None, :] - right[:, None] + n - 1, torch.ones_like(right, dtype=torch.bool), everything
-    if getattr(task, "operation", None) != "*":
+    if operation_of(task) != "*":
         return (values[None, :] - right[:, None]) % task.period, torch.ones_like(right, dtype=torch.bool), everything
     pairs = torch.stack([values, torch.ones_like(values)], dim=1)
     renamed = group_index(task, pairs)
@@ -79,7 +79,7 @@ def _row_mean(values: Tensor, mask: Tensor) -> Tensor:
 def weighted_share(left_and_total: Any) -> float:
     """1 - unexplained / total variance, of rows (unexplained, total); 0 where nothing varies, and at least -1."""
     left, total = left_and_total.sum(0)
-    return max(-1.0, 1 - float(left) / float(total)) if float(total) > 1e-12 else 0.0
+    return max(-1.0, 1 - float(left) / float(total)) if float(total) > 0 else 0.0
 
 
 def exchanged(
@@ -115,7 +115,7 @@ def _centred(values: Tensor, mask: Tensor) -> Tensor:
 
 def _alike(first: Tensor, second: Tensor) -> float:
     variance = first.square().sum() + second.square().sum()
-    return float(1 - (first - second).square().sum() / variance) if float(variance) > 1e-12 else float("nan")
+    return float(1 - (first - second).square().sum() / variance) if float(variance) > 0 else float("nan")
 
 
 def neurons_move(task: Task, readings: Readings, *, seed: int, renamed: bool = False) -> float:
@@ -144,7 +144,7 @@ def neurons_move(task: Task, readings: Readings, *, seed: int, renamed: bool = F
     usable = usable[torch.randperm(len(usable), generator=generator)[:HIDDEN_ROWS].to(a.device)]
     before, after = place[usable[:, 0], usable[:, 1]], target[usable[:, 0], usable[:, 1]]
     spread = readings.neurons.std(0)
-    weight = (readings.importance / spread.clamp_min(1e-9)) * (spread > 1e-6)
+    weight = torch.where(varies(readings.neurons), readings.importance / spread, 0.0)
     states = (readings.neurons - readings.neurons.mean(0)) * weight
     top = weight.mul(spread).argsort(descending=True)[:512]
     moved = states[torch.cat([before, after])][:, top]
@@ -157,7 +157,7 @@ def neurons_move(task: Task, readings: Readings, *, seed: int, renamed: bool = F
     predicted = regression(projected[before], projected[after], fit)[~fit]
     judged = projected[after][~fit]
     total = (judged - judged.mean(0)).square().sum()
-    return max(-1.0, float(1 - (judged - predicted).square().sum() / total.clamp_min(1e-12)))
+    return max(-1.0, float(1 - (judged - predicted).square().sum() / total.clamp_min(1e-30)))
 
 
 def _judged_rows(readings: Readings, in_group: Tensor, *, seed: int) -> tuple[Tensor, bool]:

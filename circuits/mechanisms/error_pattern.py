@@ -13,7 +13,7 @@ from torch import Tensor
 
 from circuits._stats import bootstrap_interval, wilson_interval
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.readings import MAX_ROWS, Readings, answer_logits, read
+from circuits.mechanisms.readings import MAX_ROWS, Readings, answer_logits, operation_of, read
 from circuits.mechanisms.rectangles import edge_grid, rectangle_fits
 from circuits.tasks.arithmetic.columns import carries, cascade_length
 from circuits.tasks.base import Task
@@ -140,7 +140,7 @@ def error_pattern(model: Any, task: Task, *, seed: int = 0, readings: Readings |
         "border_distance_interval": list(bootstrap_interval(at_errors, seed=seed)),
         "border_distance_control": float(distance.mean()),
     }
-    if getattr(task, "operation", None) == "+":
+    if operation_of(task) == "+":
         details |= _by_carry(answers, generator, seed)
     value, control = details["multiples_of_ten"], details["multiples_of_ten_control"]
     low, high = details["multiples_of_ten_interval"]
@@ -211,7 +211,7 @@ def _without(
 
         def put(activation: Tensor, hook: Any, out: Tensor = ablated[mine], value: Tensor = mean[mine]) -> Tensor:
             activation = activation.clone()
-            activation[:, -1] = torch.where(out, value, activation[:, -1])
+            activation[:, -1] = torch.where(out, value.to(activation.dtype), activation[:, -1])
             return activation
 
         hooks.append((f"blocks.{layer}.mlp.hook_post", put))

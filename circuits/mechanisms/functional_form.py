@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +14,15 @@ from torch import Tensor
 from circuits._stats import bootstrap_interval
 from circuits.errors import BadInput
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.heuristics import MODULI
 from circuits.mechanisms.least_squares import block_fits, greedy_fit
-from circuits.mechanisms.readings import Readings, decisive_layers, group_index, read
+from circuits.mechanisms.neuron_features import (
+    hinge_features,
+    indicator_features,
+    lowest_frequency,
+    wave_features,
+    wave_fit,
+)
+from circuits.mechanisms.readings import Readings, decisive_layers, group_index, operation_of, read, varies
 from circuits.mechanisms.thresholds import RULE
 from circuits.tasks.base import Task
 
@@ -35,84 +40,6 @@ MOST_SHARE, SLIGHT = 4, 0.02
 DECODES, DECODER_HITS, DECODER_SHARE = 3, 0.5, 0.75
 """A neuron that is on for fewer results decodes one; a layer of such neurons is no part of an algorithm."""
 FAMILIES = ("frequency", "hinge", "indicator")
-
-
-def wave_fit(
-    a: Int[Tensor, " rows"],
-    b: Int[Tensor, " rows"],
-    neurons: Float[Tensor, "rows n"],
-    modulus: int,
-    fit: Bool[Tensor, " rows"],
-    *,
-    lowest: int = 1,
-) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
-    """Held-out R2 of the best single frequency for each neuron, and that frequency.
-
-    Frequencies from ``lowest`` up are tried; the basis is
-    {1, cos wa, sin wa} x {1, cos wb, sin wb}: 8 coefficients besides the constant.
-
-    Source: Nanda et al. 2023 (arXiv 2301.05217), section 4.2 (share of a neuron's variance in one frequency).
-    """
-    frequencies = torch.arange(lowest, modulus // 2 + 1, device=a.device)
-    inside, outside = block_fits(wave_features(a, b, frequencies, modulus), neurons, fit)
-    # the frequency is chosen on the fitting half, its R2 is read on the other half
-    which = inside.argmax(0)
-    return outside.gather(0, which[None]).squeeze(0), which + lowest
-
-
-def wave_features(
-    a: Int[Tensor, " rows"], b: Int[Tensor, " rows"], frequencies: Int[Tensor, " k"], modulus: int
-) -> Float[Tensor, "rows k 9"]:
-    """{1, cos wa, sin wa} x {1, cos wb, sin wb} for each frequency, w = 2 pi k / modulus."""
-    waves = []
-    for x in (a, b):
-        phase = x[:, None] * frequencies % modulus * (2 * math.pi / modulus)
-        waves.append(torch.stack([torch.ones_like(phase), phase.cos(), phase.sin()], dim=-1))
-    return torch.einsum("rki,rkj->rkij", *waves).flatten(2)
-
-
-def lowest_frequency(task: Task, modulus: int) -> int:
-    """1 on a circle; on a line, the first frequency with a whole period inside the operand range.
-
-    Longer waves are monotone over the range and pass for any magnitude code.
-    """
-    return 1 if task.period else -(-modulus // task.n_operand_values)
-
-
-def hinge_features(operands: Int[Tensor, "rows 2"], n: int) -> Float[Tensor, "rows features"]:
-    """relu(x - t) and relu(t - x) for x in a, b, a+b, a-b and thresholds t over its range (at most 64 each)."""
-    a, b = operands[:, 0].float(), operands[:, 1].float()
-    columns = []
-    for x, low, high in ((a, 0, n), (b, 0, n), (a + b, 0, 2 * n), (a - b, -n, n)):
-        thresholds = torch.linspace(low, high - 1, min(64, high - low), device=a.device).round().unique()
-        above = x[:, None] - thresholds[None, :]
-        columns += [torch.relu(above), torch.relu(-above)]
-    return torch.cat(columns, dim=1)
-
-
-def indicator_features(operands: Int[Tensor, "rows 2"], n: int) -> Float[Tensor, "rows features"]:
-    """Indicators: x >= t, x in a decade, residues modulo ``MODULI``, cells of decades, digit sums, the units' carry.
-
-    Source: the taxonomy of Nikankin et al. 2025 (arXiv 2410.21272), appendix E (range, modulo, pattern,
-    identical operands), with conjunctions of ranges added.
-    """
-    a, b = operands[:, 0], operands[:, 1]
-    columns = []
-    for x, low, high in ((a, 0, n), (b, 0, n), (a + b, 0, 2 * n), (a - b, -n, n)):
-        thresholds = torch.linspace(low + 1, high - 1, min(64, high - low), device=a.device).round().unique()
-        columns.append(x[:, None] >= thresholds[None, :])
-        bands = torch.arange(low // 10, (high + 9) // 10, device=a.device)
-        columns.append(torch.div(x, 10, rounding_mode="floor")[:, None] == bands[None, :])
-        for m in MODULI:
-            columns.append((x % m)[:, None] == torch.arange(m, device=a.device)[None, :])
-    decades = torch.arange((n + 9) // 10, device=a.device)
-    cells = ((a // 10)[:, None] == decades)[:, :, None] & ((b // 10)[:, None] == decades)[:, None, :]
-    units = a % 10 + b % 10
-    tens = a // 10 + b // 10
-    columns += [cells.flatten(1), units[:, None] == torch.arange(19, device=a.device)]
-    columns.append(tens[:, None] == torch.arange(2 * len(decades) - 1, device=a.device))
-    columns += [(units >= 10)[:, None], (a == b)[:, None]]
-    return torch.cat([c.float() for c in columns], dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,7 +184,7 @@ def circle_length(model: Any, task: Task, readings: Readings, *, seed: int) -> i
         known: int | None = readings.remembered[key]
         return known
     readings.remembered[key] = None
-    if task.period is None and getattr(task, "operation", None) in ("+", "-"):
+    if task.period is None and operation_of(task) in ("+", "-"):
         top = _most_important(readings, decisive_layers(model, task, readings))[:PROBED]
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randperm(len(readings.operands), generator=generator)[:PROBED_ROWS].to(top.device)
@@ -357,7 +284,7 @@ def _most_important(readings: Readings, layers: tuple[int, ...]) -> Int[Tensor, 
     order = readings.importance.argsort(descending=True)
     chosen = torch.cat([order[:TOP_NEURONS], *(order[of[order] == layer][:TOP_NEURONS] for layer in layers)]).unique()
     chosen = chosen[readings.importance[chosen].argsort(descending=True)]
-    return chosen[readings.neurons[:, chosen].std(0) > 1e-6]
+    return chosen[varies(readings.neurons[:, chosen])]
 
 
 def decodes(labels: Int[Tensor, " rows"], neurons: Float[Tensor, "rows n"], n_answers: int) -> Bool[Tensor, " n"]:
@@ -373,6 +300,33 @@ def decodes(labels: Int[Tensor, " rows"], neurons: Float[Tensor, "rows n"], n_an
     hit = (fires & on[labels]).sum(0)
     few = on.sum(0) < DECODES
     return few & (hit >= DECODER_HITS * fires.sum(0)) & (hit >= DECODER_HITS * on[labels].sum(0))
+
+
+def with_joint_waves(
+    task: Task, readings: Readings, top: Int[Tensor, " k"], forms: Forms, keys: list[int], *, circle: int | None
+) -> Forms:
+    """Forms in which neurons of later layers are waves too if the key frequencies explain them together.
+
+    What a layer reads of several waves of the layers before it has all of their frequencies.
+    """
+    layer = torch.tensor(readings.layers, device=top.device)[top]
+    asked = ((layer > layer.min()) & (forms.family != 0)).nonzero().flatten()
+    if not keys or not len(asked):
+        return forms
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randperm(len(readings.operands), generator=generator)[:MOST_ROWS].to(top.device)
+    renamed = group_index(task, readings.operands[rows], circle=circle)
+    assert renamed is not None  # the same task has just been fitted
+    a, b, kept, modulus = renamed
+    rows, a, b = rows[kept], a[kept], b[kept]
+    if len(keys) * MOST_SHARE > modulus:
+        return forms
+    features = wave_features(a, b, torch.tensor(keys, device=a.device), modulus).flatten(1)[:, None]
+    fit = (torch.rand(len(rows), generator=generator) < 0.5).to(a.device)
+    share = block_fits(features, readings.neurons[rows][:, top[asked]], fit)[1][0]
+    family = forms.family.clone()
+    family[asked[share > GOOD_FIT]] = 0
+    return replace(forms, family=family)
 
 
 def _shares_by_layer(
@@ -398,7 +352,9 @@ def functional_form(model: Any, task: Task, *, seed: int = 0, readings: Readings
     control repeats it after renaming the operands by a random permutation, which destroys waves and hinges in
     value but keeps everything that a lookup by token could do. ``frequency_least``, ``hinge_least`` and
     ``indicator_least`` are the lowest shares within a layer without which answers go wrong: an algorithm has to
-    account for every layer that the answer passes through, not for the first alone. Layers whose neurons each stand
+    account for every layer that the answer passes through, not for the first alone. A neuron of a later layer, which
+    reads waves of several frequencies, counts there as a wave too if the key frequencies explain it together (held-out
+    R2 >= 0.8; ``joint`` is the share of importance of such neurons). Layers whose neurons each stand
     for one result say nothing of how it was found and are left out. A norm before an MLP divides what neurons read by
     a number that depends on both operands: there each neuron is looked at times that number too, and has the form that
     fits better (``norm_undone`` is the share of importance that has it so).
@@ -425,12 +381,15 @@ def functional_form(model: Any, task: Task, *, seed: int = 0, readings: Readings
     layer = torch.tensor(readings.layers, device=top.device)[top]
     decoding = decodes(readings.labels, neurons, len(task.answer_values))
     decisive = decisive_layers(model, task, readings)
-    by_layer = _shares_by_layer(forms, importance, layer, decisive, decoding)
+    keys = key_frequencies(forms, importance)
+    joint = with_joint_waves(task, readings, top, forms, keys, circle=circle)
+    by_layer = _shares_by_layer(joint, importance, layer, decisive, decoding)
     details = shares | {
         **{f"{name}_least": min(of[name] for of in by_layer.values()) for name in FAMILIES},
         "decoding_layers": [i for i in decisive if i not in by_layer],
         "by_layer": {str(layer): of for layer, of in by_layer.items()},
-        "key_frequencies": key_frequencies(forms, importance),
+        "key_frequencies": keys,
+        "joint": joint.shares(importance)["frequency"] - shares["frequency"],
         "n_neurons": len(top),
         "circle": circle,
         "norm_undone": float(importance[forms.undone].sum() / importance.sum().clamp_min(1e-12)),

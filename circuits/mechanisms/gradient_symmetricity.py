@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 
 from circuits._stats import bootstrap_interval
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.readings import Readings, activations, device_of, hooked, read
+from circuits.mechanisms.readings import Readings, activations, device_of, hooked, operand_positions, read
 from circuits.tasks.base import Task
 
 ROWS = 100
@@ -57,7 +57,7 @@ def operand_gradients(model: Any, task: Task, triples: Int[Tensor, "rows 3"]) ->
     with torch.enable_grad(), hooked(model, hooks):
         logits = model(tokens)[:, -1].gather(1, answers[:, None])
         (gradient,) = torch.autograd.grad(logits.sum(), kept)
-    return gradient[:, :2]
+    return gradient[:, list(operand_positions(task))]
 
 
 def attention_variation(model: Any, tokens: Int[Tensor, "rows pos"]) -> dict[str, float]:

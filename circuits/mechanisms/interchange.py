@@ -26,7 +26,15 @@ from circuits.mechanisms.operand_parts import (
     waves,
     written_to,
 )
-from circuits.mechanisms.readings import Readings, activations, answer_logits, device_of, group_index, read
+from circuits.mechanisms.readings import (
+    Readings,
+    activations,
+    answer_logits,
+    device_of,
+    group_index,
+    operand_positions,
+    read,
+)
 from circuits.mechanisms.thresholds import RULE
 from circuits.tasks.base import Task, Variable
 
@@ -66,7 +74,7 @@ def swap_holds(
 
     Source: interchange intervention accuracy: Geiger et al. 2021 (arXiv 2106.02997), definition 2.
     """
-    device = device_of(model)
+    device, position = device_of(model), operand_positions(task)[operand]
     legal = torch.isin(predicted, task.answer_values) & (predicted != task.answer(swap.base))
     counts = swap.right & legal.to(device)
     if not bool(counts.any()):
@@ -78,7 +86,7 @@ def swap_holds(
 
     def put(activation: Tensor, hook: Any) -> Tensor:
         activation = activation.clone()
-        activation[:, operand] = activation[:, operand] + delta
+        activation[:, position] = activation[:, position] + delta.to(activation.dtype)
         return activation
 
     answers = values[answer_logits(model, task, tokens, [(hook, put)], cheap=True).argmax(-1)]
@@ -96,7 +104,8 @@ def operand_states(model: Any, task: Task, hook: str, *, others: int = 16) -> Fl
     values = torch.arange(n).repeat_interleave(others)
     second = (torch.arange(others) * n // others).repeat(n)
     tokens = task.encode(torch.stack([values, second], dim=1)).inputs.to(device_of(model))
-    return activations(model, tokens, [hook])[hook][:, 0].unflatten(0, (n, others)).mean(1)
+    states = activations(model, tokens, [hook])[hook][:, operand_positions(task)[0]]
+    return states.float().unflatten(0, (n, others)).mean(1)
 
 
 def draw_swaps(model: Any, task: Task, *, n: int, seed: int) -> Swap:

@@ -36,12 +36,12 @@ class Products:
         gram = self.features[index[:, :, None], index[:, None, :]]
         cross = self.cross.mT.gather(1, index)
         left = self.squares - 2 * (weights * cross).sum(1) + (weights * (gram @ weights[..., None]).squeeze(-1)).sum(1)
-        return _share(left, self.deviations)
+        return _share(left, self.deviations, self.squares)
 
 
 def r_squared(true: Float[Tensor, "rows n"], predicted: Float[Tensor, "rows n"]) -> Float[Tensor, " n"]:
     """Share of each column's variance that is predicted; -1 at worst, 0 for a constant column."""
-    return _share((true - predicted).square().sum(0), (true - true.mean(0)).square().sum(0))
+    return _share((true - predicted).square().sum(0), (true - true.mean(0)).square().sum(0), true.square().sum(0))
 
 
 def block_fits(
@@ -60,14 +60,17 @@ def block_fits(
         if weights is None:
             weights = torch.linalg.pinv(gram, hermitian=True) @ cross
         left = y.square().sum(0) - 2 * (weights * cross).sum(1) + (weights * (gram @ weights)).sum(1)
-        shares.append(_share(left, (y - y.mean(0)).square().sum(0)).to(neurons.dtype))
+        shares.append(_share(left, (y - y.mean(0)).square().sum(0), y.square().sum(0)).to(neurons.dtype))
     return shares[0], shares[1]
 
 
-def _share(left: Float[Tensor, "*blocks n"], total: Float[Tensor, " n"]) -> Float[Tensor, "*blocks n"]:
-    """Share of the variance that is not left; -1 at worst, 0 for a constant."""
-    share = 1 - left / total.clamp_min(1e-12)
-    return torch.where(total > 1e-12, share, torch.zeros_like(share)).clamp_min(-1)
+def _share(
+    left: Float[Tensor, "*blocks n"], total: Float[Tensor, " n"], squares: Float[Tensor, " n"]
+) -> Float[Tensor, "*blocks n"]:
+    """Share of the variance that is not left; -1 at worst, 0 for a constant, whose variance is none of its squares."""
+    live = total > 1e-12 * squares
+    share = 1 - left / torch.where(live, total, torch.ones_like(total))
+    return torch.where(live, share, torch.zeros_like(share)).clamp_min(-1)
 
 
 def greedy_fit(

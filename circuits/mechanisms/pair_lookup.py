@@ -35,7 +35,7 @@ def knows_pairs(operands: Int[Tensor, "rows 2"], neurons: Float[Tensor, "rows n"
     s, t = operands[first].T
     a, b = operands[:, :1], operands[:, 1:]
     of_pair = ((a == s) | (a == t)) & ((b == s) | (b == t))
-    clear = (most > 1e-6) & ~(on & ~of_pair).any(0)
+    clear = (most > 1e-6 * neurons.abs().amax(0)) & ~(on & ~of_pair).any(0)
     return on & clear
 
 
@@ -140,7 +140,7 @@ def _answers(
                 activation: Tensor, hook: Any, mine: Tensor = chosen[part][:, mine], to: Tensor = values[part][:, mine]
             ) -> Tensor:
                 activation = activation.clone()
-                activation[:, -1] = torch.where(mine, to, activation[:, -1])
+                activation[:, -1] = torch.where(mine, to.to(activation.dtype), activation[:, -1])
                 return activation
 
             hooks.append((f"blocks.{layer}.mlp.hook_post", put))

@@ -15,6 +15,8 @@ from circuits.mechanisms.readings import GroupTable, Readings, angle, group_oper
 from circuits.tasks.base import Task
 
 SINGLE = 0.85
+MOST_APART = 16
+"""Of more frequencies than these none is key, and leaving out one of them at a time says nothing."""
 LIVE = 1e-6
 """A neuron is live whose variance is more than this share of the largest."""
 
@@ -125,10 +127,11 @@ def progress_measures(
 
     ``restricted_loss`` is of the logits along the key frequencies of the sum, bias-corrected, on all pairs;
     ``excluded_loss`` of the logits without them, on training pairs, where a network that still remembers pairs has
-    other means; ``excluded_loss_by_frequency`` without one of them at a time. ``gini_embedding`` and
+    other means; ``excluded_loss_by_frequency`` without one of them at a time, of few of them. ``gini_embedding`` and
     ``gini_neuron_logits`` are of the norms of the Fourier components of W_E over the operands and of W_L = W_out W_U
     over the answers; each is there only where the operands, or the answers, are all the steps of the circle, since
-    less than a turn has no Fourier components of it. Losses are in nats.
+    less than a turn has no Fourier components of it, and the second only of a model with an unembedding. Losses are in
+    nats.
 
     Source: Nanda et al. 2023 (arXiv 2301.05217), section 5.1; repository progress-measures-paper, transformers.py,
     ``calculate_trig_loss`` and ``calculate_excluded_loss`` (which leaves out one frequency at a time).
@@ -136,23 +139,22 @@ def progress_measures(
     group = group_table(task, readings, circle=circle)
     logits, total, answer, p = group.logits.double(), group.total, group.answer, group.modulus
     trained = group.split == 0
-    inside = {k: sum_components(logits, total, (k,), p) for k in frequencies}
     restricted, _ = loss_and_accuracy(restricted_logits(logits, total, frequencies, p), answer)
     found: dict[str, Any] = {"loss": loss_and_accuracy(logits, answer)[0], "restricted_loss": restricted}
     if bool(trained.any()):
         without = logits - sum_components(logits, total, frequencies, p)
         found["excluded_loss"] = loss_and_accuracy(without[trained], answer[trained])[0]
-        found["excluded_loss_by_frequency"] = [
-            [k, loss_and_accuracy((logits - inside[k])[trained], answer[trained])[0]] for k in sorted(frequencies)
-        ]
-    neuron_logits = model.blocks[readings.layers[-1]].mlp.W_out @ model.W_U
-    of_answers = neuron_logits[:, task.answer_tokens.to(neuron_logits.device)[group.columns]].detach().T
-    of_operands = operand_embedding(model, task)[group_operands(task)]
-    found |= {
-        f"gini_{name}": gini(component_norms(x))
-        for name, x in (("embedding", of_operands), ("neuron_logits", of_answers))
-        if len(x) == p
-    }
+        if len(frequencies) <= MOST_APART:
+            found["excluded_loss_by_frequency"] = [
+                [k, loss_and_accuracy((logits - sum_components(logits, total, (k,), p))[trained], answer[trained])[0]]
+                for k in sorted(frequencies)
+            ]
+    maps = {"embedding": operand_embedding(model, task)[group_operands(task)]}
+    if hasattr(model, "W_U"):
+        neuron_logits = model.blocks[readings.layers[-1]].mlp.W_out.float() @ model.W_U.float()
+        answers = task.answer_tokens.to(neuron_logits.device)[group.columns]
+        maps["neuron_logits"] = neuron_logits[:, answers].detach().T
+    found |= {f"gini_{name}": gini(component_norms(x)) for name, x in maps.items() if len(x) == p}
     return found | neuron_shares(readings, group)
 
 

@@ -99,6 +99,27 @@ def mlp_layers(model: Any) -> tuple[int, ...]:
     return tuple(i for i in range(model.cfg.n_layers) if f"blocks.{i}.mlp.hook_post" in model.hook_dict)
 
 
+def varies(neurons: Float[Tensor, "rows n"]) -> Bool[Tensor, " n"]:
+    """Which columns are not constant, in whatever unit they are: neurons may be as small as their readers like."""
+    return neurons.std(0) > 1e-6 * neurons.abs().amax(0)
+
+
+def operand_positions(task: Task) -> tuple[int, int]:
+    """Where the first and the second operand stand in a task's inputs.
+
+    Raises:
+        BadInput: an operand is no token of its own, or stands at several positions.
+    """
+    tokens = task.encode(torch.tensor([[0, 0], [1, 0], [0, 1]])).inputs
+    places = [(tokens[0] != other).nonzero().flatten().tolist() for other in tokens[1:]]
+    if any(len(place) != 1 for place in places):
+        raise BadInput(
+            f"{task.name} writes its operands at positions {places[0]} and {places[1]}: these tests need each operand "
+            "to be one token, at one position"
+        )
+    return places[0][0], places[1][0]
+
+
 def norm_before(layer: int) -> str:
     """Name of the norm that a layer's MLP reads the residual stream through."""
     return f"blocks.{layer}.ln2"
@@ -178,16 +199,17 @@ def read(model: Any, task: Task, *, seed: int = 0) -> Readings:
     for post, gradient in zip(posts, gradients, strict=True):
         importance += (gradient * (post - mean)).abs().sum(0)
     widths = tuple(layer for layer, p in zip(layers, _widths(model, layers), strict=True) for _ in range(p))
+    # whatever the precision of the model, tests calculate in single precision, or double where they need it
     return Readings(
         operands.to(device),
         tokens,
         labels,
         split_of(task, operands).to(device),
-        stacked,
-        neurons,
-        importance / len(operands),
+        stacked.float(),
+        neurons.float(),
+        importance.float() / len(operands),
         widths,
-        {name: torch.cat([divided[name] for divided in scales]) for name in scales[0]},
+        {name: torch.cat([divided[name] for divided in scales]).float() for name in scales[0]},
     )
 
 
@@ -245,7 +267,7 @@ def forward_backward(
 def activations(
     model: Any, tokens: Int[Tensor, "rows pos"], names: Iterable[str], *, last: int | None = None
 ) -> dict[str, Tensor]:
-    """What the named hook points hold on some inputs.
+    """What the named hook points hold on some inputs, in single precision.
 
     Where only the ``last`` positions matter, our own model computes no others in its last block.
     """
@@ -253,7 +275,7 @@ def activations(
 
     def keeper(name: str) -> Callable[..., None]:
         def keep(activation: Tensor, hook: Any) -> None:
-            kept[name] = activation.detach()
+            kept[name] = activation.detach().float()
 
         return keep
 
@@ -277,7 +299,7 @@ def answer_logits(
     """
     with torch.no_grad(), hooked(model, hooks or []):
         logits = last_logits(model, tokens) if cheap else model(tokens)
-    return logits[:, -1, task.answer_tokens.to(tokens.device)]
+    return logits[:, -1, task.answer_tokens.to(tokens.device)].float()
 
 
 def decisive_layers(model: Any, task: Task, readings: Readings, *, cost: float = 0.3) -> tuple[int, ...]:
@@ -308,6 +330,17 @@ def decisive_layers(model: Any, task: Task, readings: Readings, *, cost: float =
     return tuple(readings.remembered[key])
 
 
+def operation_of(task: Task) -> str | None:
+    """The operation between the operands, "+", "-" or "*", by the task's answers; None where it is none of these."""
+    operands = square(task)
+    a, b = operands.T
+    answers = task.answer(operands)
+    for name, result in (("+", a + b), ("-", a - b), ("*", a * b)):
+        if torch.equal(answers, result % task.period if task.period else result):
+            return name
+    return None
+
+
 def group_index(
     task: Task, operands: Int[Tensor, "rows 2"], *, circle: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, int] | None:
@@ -320,7 +353,7 @@ def group_index(
 
     Source: Chughtai et al. 2023 (arXiv 2302.03025), section 2, for the group view of modular tasks.
     """
-    operation = getattr(task, "operation", None)
+    operation = operation_of(task)
     a, b = operands[:, 0], operands[:, 1]
     kept = torch.ones_like(a, dtype=torch.bool)
     modulus = task.period or circle or len(task.answer_values)
@@ -410,7 +443,7 @@ def group_table(task: Task, readings: Readings, *, circle: int | None = None) ->
     answers = task.answer_values.to(a.device)
     names = answers % modulus
     columns = torch.arange(len(answers), device=a.device)
-    if getattr(task, "operation", None) == "*":  # zero has no logarithm
+    if operation_of(task) == "*":  # zero has no logarithm
         columns = columns[answers > 0]
         names = discrete_logarithm(modulus + 1).to(a.device)[answers[columns]]
     order = names.argsort()

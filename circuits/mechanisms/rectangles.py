@@ -12,7 +12,7 @@ from torch import Tensor
 
 from circuits._stats import wilson_interval
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.readings import Readings, answer_logits, decisive_layers, read
+from circuits.mechanisms.readings import Readings, answer_logits, decisive_layers, read, varies
 from circuits.mechanisms.thresholds import RULE
 from circuits.tasks.base import Task
 
@@ -74,7 +74,7 @@ class Sums:
         Of k of N inputs with the centred sum S it is S^2 / (k (1 - k / N)) over the sum of squares.
         """
         left = count * (1 - count / self.inputs[-1, -1])
-        squares = self.squares.reshape(-1, *[1] * (total.ndim - 1)).clamp_min(1e-12)
+        squares = self.squares.reshape(-1, *[1] * (total.ndim - 1)).clamp_min(1e-30)
         return total.square() / left.masked_fill(left < 1e-6, torch.inf) / squares
 
     def of_coarse(
@@ -137,7 +137,7 @@ def two_level_share(values: Float[Tensor, "rows n"]) -> Float[Tensor, " n"]:
     below = centred.sort(1).values.cumsum(1)[:, :-1]
     count = torch.arange(1, len(values), device=values.device)
     gain = (below.square() / (count * (1 - count / len(values)))).amax(1)
-    return torch.where(total > 1e-12, gain / total.clamp_min(1e-12), torch.zeros_like(total))
+    return torch.where(varies(values), gain / total.clamp_min(1e-30), torch.zeros_like(total))
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,7 +239,7 @@ def accuracy_with(
 
         def put(activation: Tensor, hook: Any, where: Tensor = where, what: Tensor = what) -> Tensor:
             activation = activation.clone()
-            activation[:, -1, where] = what
+            activation[:, -1, where] = what.to(activation.dtype)
             return activation
 
         if len(where):

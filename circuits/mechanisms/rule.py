@@ -40,7 +40,7 @@ def decide(items: tuple[Evidence, ...], rule: Thresholds = RULE) -> Verdict:
     passing = [name for name, (passes, _) in candidates.items() if passes]
 
     def verdict(label: str, mechanism: str | None, why: str) -> Verdict:
-        supports, opposes = testimony(items, label, mechanism)
+        supports, opposes = testimony(items, label, mechanism, rule)
         return Verdict(label, mechanism, items, why, VERSION, None, supports, opposes, rule_table(rule))
 
     right = f"Right on {train:.0%} of the training pairs and {unseen:.0%} of unseen ones"
@@ -107,6 +107,9 @@ def _named(
     others = [test for test in ("pair-lookup", *HEURISTICS) if test in by and by[test].passed]
     # a bag of ranges and residues of the result moves with the operands as a line does: what its neurons are decides
     passing = [name for name in passing if not (name == "number-line" and "result-heuristics" in others)]
+    if len(passing) > 1:
+        both = "; ".join(candidates[name][1] for name in passing)
+        return "undetermined", None, f"The evidence disagrees: {' and '.join(passing)} both pass: {both}."
     if passing and others and not learned(by["accuracy-gate"], rule):
         if passing[0] != "columns":
             return None

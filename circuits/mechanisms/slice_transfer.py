@@ -54,7 +54,7 @@ def right_with_neurons(
             activation: Float[Tensor, "batch pos n"], hook: Any, keep: Tensor = kept[mine], value: Tensor = mean[mine]
         ) -> Tensor:
             activation = activation.clone()
-            activation[:, -1] = torch.where(keep, activation[:, -1], value)
+            activation[:, -1] = torch.where(keep, activation[:, -1], value.to(activation.dtype))
             return activation
 
         hooks.append((f"blocks.{layer}.mlp.hook_post", ablate))

@@ -16,6 +16,7 @@ from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.functional_form import circle_length, most_frequencies
 from circuits.mechanisms.progress_measures import progress_measures
 from circuits.mechanisms.readings import Readings, angle, group_index, read
+from circuits.mechanisms.thresholds import RULE
 from circuits.tasks.base import Task
 
 FVE_ENOUGH, RESTRICTED_ENOUGH = 0.95, 0.98
@@ -39,7 +40,11 @@ class Projection:
     def passes(self) -> bool:
         """Whether the frequencies are sufficient and necessary."""
         shares = self.shares()
-        return shares["explained"] >= 0.9 and shares["restricted"] >= 0.95 and shares["excluded"] <= 0.15
+        return (
+            shares["explained"] >= RULE.explained
+            and shares["restricted"] >= RULE.restricted
+            and shares["excluded"] <= RULE.excluded
+        )
 
 
 def frequency_basis(
@@ -74,8 +79,9 @@ def beside(q: Float[Tensor, "rows k"], new: Float[Tensor, "rows 4"]) -> Float[Te
     """Orthonormal columns that span what ``new`` adds to ``q``."""
     for _ in range(2):  # twice is enough (Parlett): once leaves rounding where the two are close
         new = new - q @ (q.T @ new)
-    u, s, _ = torch.linalg.svd(new, full_matrices=False)
-    return u[:, s > 1e-4]
+    squares, directions = torch.linalg.eigh(new.double().T @ new.double())
+    there = squares > 1e-8
+    return (new.double() @ (directions[:, there] / squares[there].sqrt())).to(new.dtype)
 
 
 def split(
@@ -107,9 +113,13 @@ def project(
 
 
 def greedy_frequencies(logits: Tensor, a: Tensor, b: Tensor, labels: Tensor, modulus: int, *, most: int) -> Projection:
-    """Add the frequency that explains most of what is left, until enough variance and accuracy are reached."""
+    """Add the frequency that explains most of what is left, until those chosen are sufficient and necessary.
+
+    The fewest that suffice need not be all that the answer is made of: without them others may still give it.
+    """
     residual = logits - logits.mean(0)
-    inside = torch.zeros_like(residual)
+    total = residual.square().sum().clamp_min(1e-30)
+    inside, explained = torch.zeros_like(residual), 0.0
     bases = torch.stack([orthonormal_basis(a, b, k, modulus) for k in range(1, modulus // 2 + 1)])
     onto = torch.einsum("krc,ra->kca", bases, residual)
     q = torch.zeros(len(a), 0, device=logits.device)
@@ -122,23 +132,26 @@ def greedy_frequencies(logits: Tensor, a: Tensor, b: Tensor, labels: Tensor, mod
         new = beside(q, bases[chosen[-1] - 1])
         q = torch.cat([q, new], dim=1)
         along = new.T @ residual
+        explained += float(along.square().sum() / total)
         # what the residual loses, each frequency loses of its part
         onto = onto - torch.einsum("krc,rm,ma->kca", bases, new, along)
         inside, residual = inside + new @ along, residual - new @ along
-        projection = split(logits, inside, labels, tuple(chosen))
-        if projection.explained >= FVE_ENOUGH and float(projection.restricted.float().mean()) >= RESTRICTED_ENOUGH:
-            break
-    assert projection is not None
-    return projection
+        projection = None
+        if explained >= FVE_ENOUGH:
+            projection = split(logits, inside, labels, tuple(chosen))
+            if float(projection.restricted.float().mean()) >= RESTRICTED_ENOUGH and projection.passes:
+                break
+    return projection or split(logits, inside, labels, tuple(chosen))
 
 
 def spectral(model: Any, task: Task, *, seed: int = 0, readings: Readings | None = None) -> Evidence:
-    """Restricted minus excluded accuracy of the fewest frequencies of the operands' sum that explain the logits.
+    """Restricted minus excluded accuracy of the fewest frequencies of the operands' sum that give the answers.
 
     1 means that the chosen frequencies are sufficient (logits restricted to them answer rightly) and necessary
     (logits without them do not). Restricted accuracy alone is passed by memorisers, because projecting pools over
     all inputs with the same sum; hence all three of explained variance, restricted and excluded accuracy must pass.
-    The control repeats it with as many frequencies drawn at random.
+    The control repeats it with as many frequencies drawn at random. Frequencies are added, the one that explains most
+    of what is left first, until all three pass or a quarter of all is reached (or as many as neurons have).
 
     Norms divide by a number that depends on both operands. Where a model has them, the logits are also looked at times
     that number, row by row, which changes no answer (``Readings.row_factors``); ``norm_undone`` names the factor with
@@ -194,7 +207,8 @@ def spectral(model: Any, task: Task, *, seed: int = 0, readings: Readings | None
         interval=bootstrap_interval(difference.cpu().numpy(), seed=seed),
         control=details["control_restricted"] - details["control_excluded"],
         control_name="as many random frequencies",
-        threshold="explained >= 0.90, restricted >= 0.95 and excluded <= 0.15",
+        threshold=f"explained >= {RULE.explained:.2f}, restricted >= {RULE.restricted:.2f} and excluded <= "
+        f"{RULE.excluded:.2f}",
         passed=found.passes,
         details=details,
         source="Nanda et al. 2023, arXiv 2301.05217; Zhong et al. 2023, arXiv 2306.17844",

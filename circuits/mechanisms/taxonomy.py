@@ -15,7 +15,7 @@ from circuits._stats import bootstrap_interval
 from circuits.errors import UnsupportedModel
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.heuristics import KINDS, Matches, Ranks, match, ranks
-from circuits.mechanisms.readings import Readings, read
+from circuits.mechanisms.readings import Readings, read, varies
 from circuits.tasks.base import Task
 
 TOP_NEURONS = 200
@@ -43,7 +43,7 @@ def value_vectors(model: Any, task: Task, layers: tuple[int, ...]) -> Float[Tens
     if not hasattr(model, "unembed"):
         raise UnsupportedModel(f"{type(model).__name__} has no unembed.W_U, by which neurons vote for answers")
     unembedding = model.unembed.W_U[:, task.answer_tokens.to(model.unembed.W_U.device)]
-    votes = torch.cat([model.blocks[layer].mlp.W_out @ unembedding for layer in layers]).detach()
+    votes = torch.cat([model.blocks[layer].mlp.W_out @ unembedding for layer in layers]).detach().float()
     return votes - votes.mean(1, keepdim=True)
 
 
@@ -51,7 +51,7 @@ def labelled(model: Any, task: Task, readings: Readings) -> Labelled:
     """Return the most important neurons and the heuristics that they match; worked out once for all tests."""
     if "taxonomy" not in readings.remembered:
         top = readings.importance.argsort(descending=True)[:TOP_NEURONS]
-        top = top[readings.neurons[:, top].std(0) > 1e-6]
+        top = top[varies(readings.neurons[:, top])]
         keys, both_ends = ranks(readings.neurons[:, top]), bool((readings.neurons[:, top] < 0).any())
         results = task.answer_values.to(readings.labels.device)[readings.labels]
         contributions = _contributions(model, task, readings, top, results)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-VERSION = "arithmetic-7"
+VERSION = "arithmetic-8"
 
 
 @dataclass(frozen=True)

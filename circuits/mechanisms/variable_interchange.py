@@ -15,7 +15,15 @@ from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.functional_form import wave_frequencies
 from circuits.mechanisms.interchange import Swap, draw_swaps, operand_embedding
 from circuits.mechanisms.operand_parts import class_means, frequency_directions, orthonormal, slope, variable_basis
-from circuits.mechanisms.readings import Readings, activations, answer_logits, decisive_layers, group_index, read
+from circuits.mechanisms.readings import (
+    Readings,
+    activations,
+    answer_logits,
+    decisive_layers,
+    group_index,
+    operand_positions,
+    read,
+)
 from circuits.tasks.base import Task, Variable
 
 PAIRS = 400
@@ -103,7 +111,9 @@ def sites_of(model: Any, task: Task, readings: Readings, swap: Swap, *, seed: in
     embedding = operand_embedding(model, task)
     numbers = torch.arange(len(embedding), device=device)[:, None].expand(-1, 2)
     moved = [embedding[of.to(device)[:, 1]] for of in (swap.base, swap.source)]
-    return {"embedding": Site("embedding", "hook_embed", 1, moved[0], moved[1], embedding, numbers)} | found
+    return {
+        "embedding": Site("embedding", "hook_embed", operand_positions(task)[1], moved[0], moved[1], embedding, numbers)
+    } | found
 
 
 def candidates(
@@ -170,7 +180,7 @@ def held(
 
     def put(activation: Tensor, hook: Any) -> Tensor:
         activation = activation.clone()
-        activation[:, site.position] = activation[:, site.position] + delta
+        activation[:, site.position] = activation[:, site.position] + delta.to(activation.dtype)
         return activation
 
     answers = task.answer_values.to(device)[answer_logits(model, task, tokens, [(site.hook, put)]).argmax(-1)]

@@ -15,12 +15,16 @@ def column_words(columns: Evidence) -> str:
         if d.get("cascade") == "missing"
         else f"columns with the cascade: a carry gets through {d.get('reach')} columns that sum to nine"
     )
-    return (
+    words = (
         f"{missing} (of sums rich in nines {shares} are right where the longest cascade is 0 to {len(cascades) - 1}; "
-        f"by size of the sum accuracy differs by {d.get('size_drop', 0):.0%}), and swapping the carry, or the digits, "
-        f"of one column alone through some attention heads gives the digit that the column algorithm predicts in at "
-        f"least "
-        f"{columns.value:.1%} of cases for every inner column (all heads {columns.control or 0:.0%})"
+        f"by size of the sum accuracy differs by {d.get('size_drop', 0):.0%})"
+    )
+    if columns.value != columns.value:
+        return words
+    return (
+        f"{words}, and swapping the carry, or the digits, of one column alone through some attention heads gives the "
+        f"digit that the column algorithm predicts in at least {columns.value:.1%} of cases for every inner column "
+        f"(all heads {columns.control or 0:.0%})"
     )
 
 

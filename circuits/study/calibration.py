@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ FORMAT = 3
 SEEDS = 5
 KEPT = 0.95
 """Share of its training accuracy that a model has to keep under a nuisance to count as what it was built as."""
+UNTRAINED = "random-init"
+"""The family that has learned nothing: every test is put to it all the same, as what each is to be told from."""
 STORED = ("interchange-trained", "banded", "banded-twin")
 """Families of trained networks, of which there is one for each size that is stored."""
 SIZES: dict[str, tuple[dict[str, Any], ...]] = {
@@ -131,8 +135,18 @@ class Case:
 
 
 def _made_by() -> dict[str, Any]:
-    """What a row has to agree with to be kept: the format, the rule and its thresholds."""
-    return {"format": FORMAT, "rule": VERSION, "thresholds": mechanisms.rule_table()}
+    """What a row has to agree with to be kept: the format, the rule and its thresholds, the tests and the models."""
+    return {"format": FORMAT, "rule": VERSION, "thresholds": mechanisms.rule_table(), "code": _code()}
+
+
+@functools.cache
+def _code() -> str:
+    """Hash of the code that builds the models and that judges them."""
+    digest = hashlib.sha256()
+    for package in (mechanisms, reference):
+        for path in sorted(Path(str(package.__file__)).parent.glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def judged(case: Case) -> dict[str, Any]:
@@ -152,6 +166,9 @@ def judged(case: Case) -> dict[str, Any]:
     elif kind != "none":
         model = reference.transform(model, kind, seed=case.seed, **options)
     verdict = mechanisms.explain(model, task, budget=case.budget)
+    if case.family == UNTRAINED:  # where there is nothing to explain: what tests say of nothing
+        names = mechanisms.applicable(task, budget=case.budget)
+        verdict = replace(verdict, items=mechanisms.measure(model, task, names)[0])
     kept = accuracies(model, task)["accuracy_train"] >= KEPT * built_accuracy
     return {
         "family": case.family,
@@ -204,21 +221,23 @@ class Calibration:
     def separation(self) -> pd.DataFrame:
         """Return, for each test and pair of families, the area under the ROC curve of telling them apart by its value.
 
-        0.5 is chance; 0 and 1 tell apart equally well. Only models that have learned, if both families have the test.
+        0.5 is chance; 0 and 1 tell apart equally well. Of each family the models that have learned count, and of
+        ``UNTRAINED`` all; ``n_family`` and ``n_other`` say how many have the test.
 
         Source: scikit-learn's ``roc_auc_score``.
         """
         from sklearn.metrics import roc_auc_score
 
-        learned = self.table[self.table["truth"] != "not-learned"]
+        learned = self.table[(self.table["truth"] != "not-learned") | (self.table["family"] == UNTRAINED)]
         rows = []
         for test, (one, other) in itertools.product(self._tests(), itertools.combinations(SIZES, 2)):
             first, second = (learned.loc[learned["family"] == f, test].dropna() for f in (one, other))
             if len(first) and len(second):
                 labels = np.r_[np.ones(len(first)), np.zeros(len(second))]
                 area = float(roc_auc_score(labels, np.r_[first, second]))
-                rows.append({"test": test, "family": one, "other": other, "auroc": area})
-        return pd.DataFrame(rows, columns=["test", "family", "other", "auroc"])
+                many = {"n_family": len(first), "n_other": len(second)}
+                rows.append({"test": test, "family": one, "other": other, "auroc": area, **many})
+        return pd.DataFrame(rows, columns=["test", "family", "other", "auroc", "n_family", "n_other"])
 
     def likelihood(self) -> pd.DataFrame:
         """Return each model's label by likelihood ratio: fitted to all other families, and to all other models.
@@ -341,9 +360,14 @@ def calibrate(
 
         outcomes = executor.execute(missing, workers=workers or executor.cores(), watch=watch)
     failed = [outcome for outcome in outcomes if outcome.error is not None]
-    if failed:
-        raise BadInput(f"{len(failed)} of {len(cases)} models could not be judged, the first: {failed[0].error}")
-    return Calibration(_written([row for case in cases if (row := case.row()) is not None], folder), folder)
+    rows = [row for case in cases if (row := case.row()) is not None]
+    written = Calibration(_written(rows, folder), folder) if rows else None
+    if failed or written is None:
+        raise BadInput(
+            f"{len(failed)} of {len(cases)} models could not be judged, the first, {failed[0].job.id}: "
+            f"{failed[0].error}; the table in {folder} has the others, and a second start tries these again"
+        )
+    return written
 
 
 def _most_likely(values: Any, truth: Any, judged: Any) -> Any:

@@ -10,10 +10,10 @@ from constructions import decimal_periods, other_circle
 
 from circuits import mechanisms, tasks
 from circuits.mechanisms.functional_form import circle_length
+from circuits.mechanisms.groups import group_table
 from circuits.mechanisms.least_squares import greedy_fit
 from circuits.mechanisms.neuron_features import indicator_features
 from circuits.mechanisms.progress_measures import progress_measures, sum_components
-from circuits.mechanisms.readings import group_table
 from circuits.mechanisms.spectral import orthonormal_basis, project
 from circuits.model import ModelConfig, Transformer
 from circuits.reference import build

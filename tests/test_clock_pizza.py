@@ -21,6 +21,7 @@ from circuits.errors import BadInput
 from circuits.mechanisms.circles import components_of, explained_by, formula_values, power_of, row_moments
 from circuits.mechanisms.distance_irrelevance import irrelevance, moments_by_distance
 from circuits.mechanisms.gradient_symmetricity import operand_gradients, sampled_triples
+from circuits.mechanisms.groups import group_table
 from circuits.mechanisms.logit_terms import explained_by_groups, terms_of
 from circuits.mechanisms.progress_measures import (
     component_norms,
@@ -30,7 +31,6 @@ from circuits.mechanisms.progress_measures import (
     restricted_logits,
     sum_components,
 )
-from circuits.mechanisms.readings import group_table
 from circuits.model import ModelConfig, Transformer
 from circuits.reference import MlpNetwork
 from circuits.tasks import ModularAddition, WithoutEquals

@@ -11,8 +11,8 @@ import torch
 from conftest import reference_folder
 
 from circuits import mechanisms
+from circuits.mechanisms.groups import group_table
 from circuits.mechanisms.progress_measures import loss_and_accuracy, neuron_shares, restricted_logits
-from circuits.mechanisms.readings import group_table
 from circuits.model import from_transformer_lens
 from circuits.reference import MlpNetwork
 from circuits.tasks import ModularAddition, WithoutEquals

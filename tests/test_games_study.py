@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from test_report import opened
 
@@ -59,7 +60,8 @@ def test_every_run_has_a_row_with_a_column_for_every_probe(study: Study) -> None
     assert rows[TOLD]["state_probe"] > 0.95 > rows[UNTRAINED]["state_probe"] + 0.2
     for score in worldmodels.SCORES:
         known = [rows[name][f"score_{column(score)}"] for name in (UNTRAINED, TOLD)]
-        assert known == [0, 1] or all(value != value for value in known)
+        assert known == [0, 1] or pd.isna(known).all()
+    assert rows[TOLD]["labels_total"] == pytest.approx(rows[TOLD]["labels"] + rows["next-token"]["labels"], rel=0.01)
     assert rows["next-token"]["labels"] == pytest.approx(150 * 64 * 15, rel=0.01)
 
 

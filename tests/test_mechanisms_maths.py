@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from circuits.errors import BadInput, CorruptRun
 from circuits.mechanisms import RULE, TESTS, Evidence, Verdict, decide
+from circuits.mechanisms.groups import discrete_logarithm
 from circuits.mechanisms.least_squares import block_fits, greedy_fit, r_squared
 from circuits.mechanisms.neuron_features import hinge_features, wave_features, wave_fit
 from circuits.mechanisms.operand_parts import class_means, orthonormal, slope
-from circuits.mechanisms.readings import discrete_logarithm
 from circuits.mechanisms.rectangles import Sums, edge_grid, two_level_share
 from circuits.mechanisms.spectral import frequency_basis, project
 

@@ -26,13 +26,14 @@ from circuits.mechanisms.error_pattern import error_pattern
 from circuits.mechanisms.evidence import LABELS, Evidence, Verdict
 from circuits.mechanisms.functional_form import functional_form
 from circuits.mechanisms.gradient_symmetricity import gradient_symmetricity
+from circuits.mechanisms.groups import operation_of
 from circuits.mechanisms.helix import helix
 from circuits.mechanisms.heuristics import Heuristics, Matches, declare, match
 from circuits.mechanisms.interchange import interchange
 from circuits.mechanisms.knockout import knockout
 from circuits.mechanisms.logit_terms import logit_terms
 from circuits.mechanisms.pair_lookup import pair_lookup
-from circuits.mechanisms.readings import Readings, has_one_answer_token, operation_of, read
+from circuits.mechanisms.readings import Readings, has_one_answer_token, read
 from circuits.mechanisms.rectangles import rectangles
 from circuits.mechanisms.region_interchange import region_interchange
 from circuits.mechanisms.result_heuristics import result_heuristics

@@ -14,17 +14,10 @@ from torch import Tensor
 from circuits._stats import bootstrap_interval
 from circuits.errors import BadInput
 from circuits.mechanisms.evidence import Evidence
+from circuits.mechanisms.groups import GroupTable, group_operands, group_table
 from circuits.mechanisms.interchange import operand_embedding
 from circuits.mechanisms.progress_measures import gini
-from circuits.mechanisms.readings import (
-    GroupTable,
-    Readings,
-    answer_logits,
-    group_operands,
-    group_table,
-    operand_positions,
-    read,
-)
+from circuits.mechanisms.readings import Readings, answer_logits, operand_positions, read
 from circuits.tasks.base import Task
 
 COMPONENTS = 4

@@ -14,7 +14,8 @@ from torch import Tensor
 from circuits._stats import bootstrap_interval
 from circuits.errors import BadInput
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.readings import Readings, group_index, read
+from circuits.mechanisms.groups import group_index
+from circuits.mechanisms.readings import Readings, read
 from circuits.tasks.base import Task
 
 

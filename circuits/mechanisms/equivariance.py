@@ -12,7 +12,8 @@ from torch import Tensor
 from circuits._stats import bootstrap_interval
 from circuits.mechanisms.accuracy import commutes
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.readings import Readings, group_index, operation_of, read, varies
+from circuits.mechanisms.groups import group_index, operation_of
+from circuits.mechanisms.readings import Readings, read, varies
 from circuits.mechanisms.selection import regression
 from circuits.tasks.base import Task
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from circuits._stats import bootstrap_interval, wilson_interval
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.readings import MAX_ROWS, Readings, answer_logits, operation_of, read
+from circuits.mechanisms.groups import operation_of
+from circuits.mechanisms.readings import MAX_ROWS, Readings, answer_logits, read
 from circuits.mechanisms.rectangles import edge_grid, rectangle_fits
 from circuits.tasks.arithmetic.columns import carries, cascade_length
 from circuits.tasks.base import Task

@@ -14,6 +14,7 @@ from torch import Tensor
 from circuits._stats import bootstrap_interval
 from circuits.errors import BadInput
 from circuits.mechanisms.evidence import Evidence
+from circuits.mechanisms.groups import group_index, operation_of
 from circuits.mechanisms.least_squares import block_fits, greedy_fit
 from circuits.mechanisms.neuron_features import (
     hinge_features,
@@ -22,7 +23,7 @@ from circuits.mechanisms.neuron_features import (
     wave_features,
     wave_fit,
 )
-from circuits.mechanisms.readings import Readings, decisive_layers, group_index, operation_of, read, varies
+from circuits.mechanisms.readings import Readings, decisive_layers, read, varies
 from circuits.mechanisms.thresholds import RULE
 from circuits.tasks.base import Task
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from circuits._stats import bootstrap_interval
 from circuits.mechanisms.evidence import Evidence
+from circuits.mechanisms.groups import group_index
 from circuits.mechanisms.interchange import operand_embedding
-from circuits.mechanisms.readings import Readings, activations, answer_logits, decisive_layers, group_index, read
+from circuits.mechanisms.readings import Readings, activations, answer_logits, decisive_layers, read
 from circuits.mechanisms.selection import forward_selection, regression
 from circuits.tasks.base import Task
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from circuits._stats import wilson_interval
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.functional_form import circle_length, most_frequencies, wave_frequencies
+from circuits.mechanisms.groups import group_index
 from circuits.mechanisms.operand_parts import (
     along,
     class_parts,
@@ -26,15 +27,7 @@ from circuits.mechanisms.operand_parts import (
     waves,
     written_to,
 )
-from circuits.mechanisms.readings import (
-    Readings,
-    activations,
-    answer_logits,
-    device_of,
-    group_index,
-    operand_positions,
-    read,
-)
+from circuits.mechanisms.readings import Readings, activations, answer_logits, device_of, operand_positions, read
 from circuits.mechanisms.thresholds import RULE
 from circuits.tasks.base import Task, Variable
 

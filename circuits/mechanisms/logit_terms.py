@@ -13,7 +13,8 @@ from torch import Tensor
 from circuits._stats import bootstrap_interval
 from circuits.errors import BadInput
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.readings import Readings, angle, group_table, read
+from circuits.mechanisms.groups import angle, group_table
+from circuits.mechanisms.readings import Readings, read
 from circuits.tasks.base import Task
 
 MOST = 5

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuits.mechanisms.groups import angle, group_index
 from circuits.mechanisms.heuristics import MODULI
 from circuits.mechanisms.neuron_features import hinge_features, indicator_features, lowest_frequency
-from circuits.mechanisms.readings import angle, group_index
 from circuits.tasks.base import Task
 
 

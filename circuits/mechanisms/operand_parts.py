@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.mechanisms.readings import angle
+from circuits.mechanisms.groups import angle
 from circuits.tasks.base import Variable
 
 ROUNDS = 8

@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from circuits.mechanisms.groups import GroupTable, angle, group_operands, group_table
 from circuits.mechanisms.interchange import operand_embedding
-from circuits.mechanisms.readings import GroupTable, Readings, angle, group_operands, group_table
+from circuits.mechanisms.readings import Readings
 from circuits.tasks.base import Task
 
 SINGLE = 0.85

@@ -14,8 +14,9 @@ from circuits._stats import bootstrap_interval
 from circuits.errors import BadInput
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.functional_form import circle_length, most_frequencies
+from circuits.mechanisms.groups import angle, group_index
 from circuits.mechanisms.progress_measures import progress_measures
-from circuits.mechanisms.readings import Readings, angle, group_index, read
+from circuits.mechanisms.readings import Readings, read
 from circuits.mechanisms.thresholds import RULE
 from circuits.tasks.base import Task
 

@@ -13,17 +13,10 @@ from torch import Tensor
 from circuits._stats import wilson_interval
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.functional_form import wave_frequencies
+from circuits.mechanisms.groups import group_index
 from circuits.mechanisms.interchange import Swap, draw_swaps, operand_embedding
 from circuits.mechanisms.operand_parts import class_means, frequency_directions, orthonormal, slope, variable_basis
-from circuits.mechanisms.readings import (
-    Readings,
-    activations,
-    answer_logits,
-    decisive_layers,
-    group_index,
-    operand_positions,
-    read,
-)
+from circuits.mechanisms.readings import Readings, activations, answer_logits, decisive_layers, operand_positions, read
 from circuits.tasks.base import Task, Variable
 
 PAIRS = 400

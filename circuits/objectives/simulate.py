@@ -32,7 +32,8 @@ class Simulate:
     ``taken`` (factual) asks for the move of the sequence; ``all`` for every token: whether it is illegal and, where it
     is legal, what state it leads to. A head of one hidden layer reads the residual stream and the token. A state that
     is held out is no label. All actions have more labels than the one taken: compare at equal labels, too, which are
-    logged as ``labels``.
+    logged as ``labels`` (one for each feature of a next state, and one for each token that may be illegal); the next
+    tokens beside them are ``labels_beside``.
 
     Attributes:
         actions: ``taken`` or ``all``.
@@ -94,11 +95,15 @@ class Simulate:
         wanted = head(hidden[rows, columns])
         simulated = feature_losses(wanted, task, features)
         right = (read_features(wanted.detach(), task) == features).all(1).float().mean()
+        metrics: dict[str, torch.Tensor | float] = {"head_accuracy": right}
+        if self.next_token:
+            metrics["labels_beside"] = float(batch.scored[:, :-1].sum())
         if self.actions == "taken":
-            return Loss(simulated.mean() + beside, {"labels": float(features.numel()), "head_accuracy": right})
+            metrics["labels"] = float(features.numel())
+            return Loss(simulated.mean() + beside, metrics)
         legality = F.cross_entropy(head.legal(hidden).flatten(0, 1), legal.long().flatten())
-        labels = float(features.numel() + legal.numel())
-        return Loss(legality + simulated.mean() + beside, {"labels": labels, "head_accuracy": right})
+        metrics["labels"] = float(features.numel() + legal.numel())
+        return Loss(legality + simulated.mean() + beside, metrics)
 
 
 def next_features(

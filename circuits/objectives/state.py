@@ -63,4 +63,5 @@ class State:
         loss = feature_losses(logits, task, features).mean()
         if self.next_token:
             loss = loss + self.next_token * next_token_loss(next_logits, batch)
+            metrics["labels_beside"] = float(batch.scored[:, :-1].sum())
         return Loss(loss, metrics)

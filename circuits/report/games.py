@@ -11,14 +11,15 @@ import pandas as pd
 from circuits import worldmodels
 from circuits._io import to_json
 from circuits.plots import board_figure, curves_figure, score_figure
-from circuits.study.game_analysis import TOLD, UNTRAINED, GameAnalysis
+from circuits.study.game_analysis import PLANTED, TOLD, UNTRAINED, GameAnalysis
 from circuits.study.study import Study
 from circuits.tasks.games import GAMES
 from circuits.worldmodels import SCORES, Assessment
 
 MEANINGS = {
     "world-model": "It distinguishes states that share their legal moves as the network that was told the state does, "
-    "is not shown to compress prefixes or to use the state less, and plays as well off the policy that it saw.",
+    "is not shown to compress prefixes or to use the state less (as far as the probes say anything on the game), and "
+    "plays as well off the policy that it saw.",
     "heuristic": "It plays legally, but two or more of distinguishes, compresses, follows counterfactuals and holds "
     "off-policy are no better than half way from an untrained network to one that was told the state.",
 }
@@ -33,10 +34,12 @@ SHARED = {
 HEADLINE = {
     "inductive_bias": "Extrapolates by the state",
     "d_ib_same_legal": "D-IB, same legal moves",
+    "d_ib_ceiling": "D-IB of the labels",
     "d_ib_other_legal": "D-IB, other legal moves",
     "r_ib": "R-IB",
     "exact_legal_set": "Exact legal set",
     "labels": "Labels",
+    "labels_total": "Labels, with next tokens",
 }
 CURVES = (
     ("myhill-nerode", "compression", "Compression by depth"),
@@ -156,12 +159,13 @@ def _headline(recipe: str, group: pd.DataFrame) -> dict[str, Any]:
         values = group[name].dropna()
         if values.empty:
             numbers.append("–")
-        elif name == "labels":
+        elif name.startswith("labels"):
             numbers.append(f"{values.mean():,.0f}")
         else:
             error = f" ± {values.std() / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
             numbers.append(f"{values.mean():.3f}{error}")
-    role = {UNTRAINED: "control at 0", TOLD: "control at 1"}.get(str(group["objective"].iloc[0]), "")
+    roles = {UNTRAINED: "control at 0", TOLD: "control at 1", PLANTED: "rule of legality"}
+    role = roles.get(str(group["objective"].iloc[0]), "")
     return {"recipe": recipe, "role": role, "numbers": numbers}
 
 

@@ -16,16 +16,19 @@ from circuits.study.figure_data import training_curves
 from circuits.study.plan import Planned
 from circuits.tasks.games import Game
 from circuits.worldmodels import Assessment, Reading
+from circuits.worldmodels.verdict import informative_scores
 
 READINGS = "readings.json"
 UNTRAINED, TOLD = "random-init", "state"
 """The objectives of the runs, of each cell, that scores stand between: 0 and 1."""
 PLANTED = "legal-set (planted-heuristic)"
 """The objective of the run that plays by a rule of legality: probes that take it for the told one say nothing."""
+CONTROLS = (UNTRAINED, TOLD, PLANTED)
 
 NUMBERS: dict[str, tuple[str, str]] = {
     "d_ib_same_legal": ("inductive-bias", "d_ib_same_legal"),
     "d_ib_other_legal": ("inductive-bias", "d_ib_other_legal"),
+    "d_ib_ceiling": ("inductive-bias", "ceiling"),
     "r_ib": ("inductive-bias", "r_ib"),
     "exact_legal_set": ("legal-actions", "value"),
     "top_legal": ("legal-actions", "top_legal"),
@@ -45,7 +48,9 @@ GAME_COLUMNS = (
     *NUMBERS,
     *(column(probe) for probe in worldmodels.PROBES),
     *(f"{end}{column(score)}" for score in worldmodels.SCORES for end in ("score_",)),
+    "agreement",
     "labels",
+    "labels_total",
     "state_overlap",
     "exact_legal_set_unseen",
 )
@@ -86,20 +91,42 @@ def analyse_game(run: Run, game: Game, folder: Path) -> None:
 def assessments(runs: Sequence[Planned], analyses: Mapping[str, GameAnalysis]) -> dict[str, Assessment]:
     """Return the verdict on each run that is analysed, by its id, between the controls of its cell over all seeds.
 
-    A control that is not there, yet or at all, is replaced by what ``worldmodels.judge`` takes for it.
+    A control that is not there, yet or at all, is replaced by what ``worldmodels.judge`` takes for it. What a probe
+    says of the controls, and with it whether it says anything on a game, is one thing for all runs of a cell.
     """
     found = {}
+    said = {
+        run.cell: informative_scores(*(_of_cell(run.cell, name, runs, analyses) for name in CONTROLS)) for run in runs
+    }
     for run in runs:
         if run.id not in analyses:
             continue
-        untrained, told, planted = (_controls(run, name, runs, analyses) for name in (UNTRAINED, TOLD, PLANTED))
+        untrained, told, planted = (_controls(run, name, runs, analyses) for name in CONTROLS)
         how = [
             f"0: {UNTRAINED}, {len(untrained)} seeds" if untrained else "0: a statistic of 0",
             f"1: {TOLD}, {len(told)} seeds" if told else "1: a statistic of 1",
             *([f"told from {PLANTED}, {len(planted)} seeds"] if planted else []),
         ]
-        found[run.id] = worldmodels.judge(analyses[run.id].readings, untrained, told, planted, controls="; ".join(how))
+        found[run.id] = worldmodels.judge(
+            analyses[run.id].readings,
+            untrained,
+            told,
+            planted,
+            informative=said[run.cell],
+            controls="; ".join(how),
+        )
     return found
+
+
+def _of_cell(
+    cell: str, objective: str, runs: Sequence[Planned], analyses: Mapping[str, GameAnalysis]
+) -> list[dict[str, Reading]]:
+    """What is known of a control of a cell, by seed."""
+    return [
+        analyses[run.id].readings
+        for run in runs
+        if run.cell == cell and run.objective == objective and run.id in analyses
+    ]
 
 
 def _controls(
@@ -120,15 +147,22 @@ def game_columns(analysis: GameAnalysis, verdict: Assessment) -> dict[str, Any]:
     numbers |= {column(name): reading.value for name, reading in readings.items()}
     numbers |= {f"score_{column(name)}": score.value for name, score in verdict.scores.items()}
     numbers["state_overlap"] = training["state_overlap"][-1]
-    numbers["labels"] = _labels(training)
+    numbers["labels"] = _labels(training, "labels")
+    numbers["labels_total"] = numbers["labels"] + _labels(training, "labels_beside")
+    # of a network that is trained on a planted rule: how often it takes the rule's moves for legal, at the end
+    numbers["agreement"] = _last(training.get("agreement", ()))
     numbers["exact_legal_set_unseen"] = training["exact_legal_set"][-1]
     # NaN is what a probe could not measure, and NA in the table
     return row | {name: value for name, value in numbers.items() if value == value}
 
 
-def _labels(training: Mapping[str, Sequence[Any]]) -> float:
+def _labels(training: Mapping[str, Sequence[Any]], name: str) -> float:
     """About how many labels a run was given: those of the update before each evaluation, for every update since."""
     steps = [0, *training["step"]]
-    return sum(
-        (steps[i + 1] - steps[i]) * float(labels) for i, labels in enumerate(training["labels"]) if labels is not None
-    )
+    logged = enumerate(training.get(name, ()))
+    return sum((steps[i + 1] - steps[i]) * float(labels) for i, labels in logged if labels is not None)
+
+
+def _last(values: Sequence[Any]) -> float:
+    known = [float(value) for value in values if value is not None]
+    return known[-1] if known else float("nan")

@@ -11,7 +11,7 @@ from torch import Tensor
 from circuits._stats import bootstrap_interval
 from circuits.errors import BadInput, UnsupportedModel
 from circuits.model import HookedModel
-from circuits.tasks.games import Game
+from circuits.tasks.games import Game, is_game
 from circuits.worldmodels.reading import NAN
 
 TOKENS_AT_ONCE = 2**15
@@ -25,6 +25,9 @@ def check_fits(model: HookedModel, game: Game, length: int | None = None) -> Non
         BadInput: the model cannot read the game's tokens, give them, or read as many as a sequence has.
         UnsupportedModel: a position of the model sees those after it.
     """
+    if not is_game(game):
+        name = getattr(game, "name", game)
+        raise BadInput(f"{name!r} is no game: world-model probes need its states and its legal moves")
     length = game.n_ctx if length is None else length
     cfg = model.cfg
     for name in ("d_vocab", "d_vocab_out"):

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.errors import BadInput
 from circuits.model import HookedModel
+from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.games import Game, Games
 from circuits.worldmodels.activations import (
     check_fits,
@@ -56,9 +58,14 @@ def adaptation(
         ones.
     """
     check_fits(model, game)
+    if not examples:
+        raise BadInput("examples is empty: expected numbers of sequences, as (8, 32, 128)")
+    for number in examples:
+        check_integer("examples", number, 1, 10**6)
+    check_integer("steps", steps, 1, 10**6)
     changed = game.changed_rules()
     if changed is None:
-        return Reading("adaptation", NAN)
+        return Reading("adaptation", NAN, note=f"{game.name} has no variant with changed rules")
     generator = torch.Generator().manual_seed(seed + 81)
     train = changed.sample(max(examples), policy=changed.policies[0], generator=generator, length=game.n_ctx)
     test = sample_prefixes(changed, TESTED, seed=seed + 83, length=game.n_ctx)
@@ -67,7 +74,8 @@ def adaptation(
     differs = (test.at(old) != test.legal).any(1) | ~test.at(alive)
     where = test.take(differs.nonzero()[:, 0])
     if len(where) < 20:
-        return Reading("adaptation", NAN, details={"positions": float(len(where))})
+        note = f"the new rules differ at {len(where)} positions, of 20"
+        return Reading("adaptation", NAN, details={"positions": float(len(where))}, note=note)
     scores, hits = [], []
     for n in (0, *examples):
         trained = model if n == 0 else _fine_tuned(model, changed, train.take(torch.arange(n)), steps)

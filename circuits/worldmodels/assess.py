@@ -7,6 +7,7 @@ from typing import Any
 
 from circuits.errors import UnknownName, UnsupportedModel
 from circuits.model import HookedModel, Transformer
+from circuits.reference.players import KINDS, PLAYERS, player
 from circuits.tasks.games import Game
 from circuits.worldmodels.activations import check_fits
 from circuits.worldmodels.adaptation import adaptation
@@ -116,9 +117,11 @@ def assess(
             None: for our own models such a one is made (its unembedding is random too, so it plays at random); for
             others 0 stands in. A list has one for each seed.
         told: the control at 1: a model of the same shape trained by the objective ``state``, or what ``measure`` found
-            of it; None: 1 stands in, the most that each statistic can be.
+            of it. None: on a game that ``circuits.reference.PLAYERS`` has, the stored network that was told its state,
+            and the stored one that plays by a rule as ``planted``; elsewhere 1 stands in, the most that each statistic
+            can be, and no label but ``undetermined`` and ``not-learned`` is given.
         planted: a model that plays by the game's planted heuristic, or what ``measure`` found of it: a probe by which
-            it does as well as ``told`` is left out. None: none is.
+            it does as well as ``told`` is left out. None: none is, but where ``told`` is None too.
         probes: names of ``PROBES``; None: those that the verdict reads.
         policy: who plays in training; None: uniform play.
         thresholds: what the label asks for; None: the defaults.
@@ -142,7 +145,13 @@ def assess(
         how.append("0: a statistic of 0, for want of an untrained network")
     else:
         how.append("0: the untrained network that was given")
-    how.append("1: a statistic of 1" if told is None else "1: the network that was told the state")
+    stored = next((name for name, known in PLAYERS.items() if known == game), None)
+    if told is None and stored is not None:
+        told, theirs = (player(stored, kind)[0] for kind in KINDS)
+        planted = theirs if planted is None else planted
+        how.append("1: the stored network that was told the state")
+    else:
+        how.append("1: a statistic of 1" if told is None else "1: the network that was told the state")
 
     def found(subject: Any) -> Any:
         if subject is None or isinstance(subject, (Mapping, Sequence)):

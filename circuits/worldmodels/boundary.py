@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from circuits.errors import BadInput
+from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.games import Game
 from circuits.tasks.games.automaton import NOWHERE, Automaton, automaton
 
@@ -72,11 +73,14 @@ def boundary(game: Game, first: int, second: int, depth: int) -> tuple[Int[Tenso
         The strings, filled with 0 behind their ends, and their lengths.
 
     Raises:
-        BadInput: the game has too many states.
+        BadInput: the game has too many states, or an argument is out of its range.
 
     Source: Vafa et al. 2024 (arXiv 2406.03689), definition 2.3 (the boundary MNB), enumerated as they do for maps.
     """
     successors = table_of(game).successors.numpy()
+    check_integer("depth", depth, 1, 10**4)
+    for name, row in (("first", first), ("second", second)):
+        check_integer(name, row, 0, len(successors) - 1, "a row of the game's table")
     classes = minimal_classes(game)
     generator = np.random.default_rng(0)
     left, right = np.array([first]), np.array([second])

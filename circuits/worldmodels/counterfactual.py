@@ -7,6 +7,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from circuits.model import HookedModel
+from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.games import Game
 from circuits.worldmodels.activations import (
     check_fits,
@@ -16,20 +17,24 @@ from circuits.worldmodels.activations import (
     uniform_over,
 )
 from circuits.worldmodels.prefixes import follow
-from circuits.worldmodels.reading import NAN, Reading
+from circuits.worldmodels.reading import NAN, Curve, Reading
 
 SEQUENCES = 600
+FEWEST = 20
+"""Positions from which on there is a statistic."""
+RECENT = 2
+"""Tokens, the edited one among them, after which a position counts: at first the edit is among the last tokens."""
 
 
 def counterfactual(model: HookedModel, game: Game, *, n: int = SEQUENCES, seed: int = 0) -> Reading:
     """Return how often the moves follow the edited past where it makes a difference.
 
     One move of a sequence is replaced by another legal one such that later moves stay legal. ``value`` is ``follow``:
-    of the later positions at which other moves are legal than before the edit, the share at which the network's
-    distribution is nearer to the edited state's legal moves. The control is an edit that changes nothing: two
-    neighbouring moves (of one player) change places and lead to the same state; ``commuting_change`` is the total
-    variation between the distributions before and after, beside that of edits that do make a difference
-    (``edit_change``).
+    of the later positions (two tokens on and more) at which other moves are legal than before the edit, the share at
+    which the network's distribution is nearer to the edited state's legal moves; the curve has it by distance. The
+    control is an edit that changes nothing: two neighbouring moves (of one player) change places and lead to the same
+    state; ``commuting_change`` is the total variation between the distributions before and after, beside that of edits
+    that do make a difference (``edit_change``).
 
     Formula: follow = mean of 1[TV(p(h'), U(A(s'))) < TV(p(h'), U(A(s)))], over positions with A(s') != A(s).
 
@@ -48,6 +53,7 @@ def counterfactual(model: HookedModel, game: Game, *, n: int = SEQUENCES, seed: 
         legal and changes what else is (NaN).
     """
     check_fits(model, game)
+    check_integer("n", n, 1, 10**6)
     generator = torch.Generator().manual_seed(seed + 31)
     games = game.sample(n, policy=game.policies[0], generator=generator)
     tokens, counted = games.tokens, games.counted[:, 1:]
@@ -62,25 +68,37 @@ def counterfactual(model: HookedModel, game: Game, *, n: int = SEQUENCES, seed: 
     edited = tokens.clone()
     edited[rows, at] = torch.multinomial(other.float(), 1, generator=generator)[:, 0]
     states, alive = follow(game, games.states[:, 0], edited)
-    later = torch.arange(tokens.shape[1]) >= at[:, None]
+    # right behind the edited move it is the last token, and a rule of the last tokens does as well
+    later = torch.arange(tokens.shape[1]) >= at[:, None] + RECENT
     legal = game.legal(states[:, 1:].flatten(0, 1)).view(*tokens.shape, -1)
     where = later & alive & counted & possible[:, None] & (legal != games.legal[:, 1:]).any(2)
     before, after = (next_probabilities(model, part, game) for part in (tokens, edited))
     new, old = (total_variation(after, uniform_over(sets)) for sets in (legal, games.legal[:, 1:]))
     follows = (new < old)[where].float()
+    distance = (torch.arange(tokens.shape[1]) - at[:, None] + 1)[where]
+    far = [k for k in distance.unique().tolist() if int((distance == k).sum()) >= FEWEST]
     interval = interval_by_sequence(follows, where.nonzero()[:, 0])
     commuting, pairs = _commuting_change(model, game, games.states, tokens, counted, generator)
     return Reading(
         "counterfactual",
-        float(follows.mean()) if len(follows) >= 20 else NAN,
-        interval if len(follows) >= 20 else (NAN, NAN),
+        float(follows.mean()) if len(follows) >= FEWEST else NAN,
+        interval if len(follows) >= FEWEST else (NAN, NAN),
         details={
             "positions": float(len(follows)),
             "commuting_change": commuting,
             "commuting_edits": float(pairs),
             "edit_change": float(total_variation(before, after)[where].mean()) if len(follows) else NAN,
         },
+        curves={
+            "follows": Curve(
+                "tokens since the edited move",
+                "positions that follow the edit (share)",
+                tuple(map(float, far)),
+                tuple(float(follows[distance == k].mean()) for k in far),
+            )
+        },
         source="arXiv 2406.03689, section 5",
+        note="" if len(follows) >= FEWEST else f"edits leave {len(follows)} positions that differ, of {FEWEST}",
     )
 
 

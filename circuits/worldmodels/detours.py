@@ -8,6 +8,7 @@ from torch import Tensor
 
 from circuits.errors import BadInput
 from circuits.model import HookedModel
+from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.games import Game
 from circuits.worldmodels.activations import check_fits, mean_interval, next_probabilities
 from circuits.worldmodels.reading import Curve, Reading
@@ -54,6 +55,9 @@ def detours(
     check_fits(model, game)
     if kind not in KINDS:
         raise BadInput(f"kind = {kind!r}: expected one of {', '.join(KINDS)}")
+    if not rates:
+        raise BadInput("rates is empty: expected probabilities of a replacement, as (0.0, 0.1)")
+    check_integer("n", n, 1, 10**6)
     for rate in rates:
         if not 0 <= rate <= 1:
             raise BadInput(f"rate {rate}: expected a probability")

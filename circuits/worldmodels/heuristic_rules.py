@@ -13,6 +13,7 @@ from torch import Tensor
 
 from circuits.errors import UnsupportedModel
 from circuits.model import HookedModel
+from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.games import Game
 from circuits.worldmodels.activations import check_fits, device_of, mean_interval, n_layers, set_errors
 from circuits.worldmodels.prefixes import Prefixes, sample_prefixes
@@ -46,9 +47,10 @@ def heuristic_rules(
 
     A tree of a few levels is fitted to each neuron's activation at the end of a prefix; ``value`` is the share whose
     explained variance on other sequences is above 0.7. ``details`` has the causal check (``pattern_effect``: errors per
-    position that ablating the neurons of one pattern makes where the pattern holds, over those that ablating as many
-    other explained neurons makes there), ``replaced``: the share of the ablation's divergence that is undone where the
-    explained neurons are replaced by their rules (1: as good as the neurons), and the number of leaves in all.
+    position that ablating the neurons of one pattern makes where the pattern holds; the control ``another pattern`` is
+    what the same makes where a matched one holds in its place), ``replaced``: the share of the ablation's divergence
+    that is undone where the explained neurons are replaced by their rules (1: as good as the neurons), and the number
+    of leaves in all.
 
     Formula: R2 = 1 - sum (a - tree(s))^2 / sum (a - mean a)^2; replaced = 1 - KL(p || p with rules) / KL(p || p with
         means).
@@ -65,11 +67,13 @@ def heuristic_rules(
         UnsupportedModel: the model is not causal, or has no MLPs.
 
     Source: Singh et al. 2025 (arXiv 2511.00059): trees on board features, 0.7 of the variance, ablation by pattern and
-        replacement; the matched control neurons are ours.
+        replacement; the matched control pattern is ours.
     Fails when: it is taken to tell heuristics from a world model by itself: a linear code of the state is explained by
         trees of one level. Neurons that read the past and not the state are not explained.
     """
     check_fits(model, game)
+    check_integer("neurons", neurons, 1, 10**6)
+    check_integer("depth", depth, 1, 20)
     if getattr(model.cfg, "attn_only", False):
         raise UnsupportedModel("the model has no MLPs: there are no neurons to find rules for")
     fit, test = (
@@ -78,7 +82,7 @@ def heuristic_rules(
     rules = fit_rules(model, fit, test, neurons, depth)
     good = (rules.explained > EXPLAINED).nonzero()[:, 0]
     leaves = sum(int(rules.trees[i].get_n_leaves()) for i in good.tolist())
-    effect, control = _pattern_effect(model, rules, good, test, seed)
+    effect, control = _pattern_effect(model, rules, good, test)
     return Reading(
         "heuristic-rules",
         float((rules.explained > EXPLAINED).float().mean()),
@@ -89,7 +93,7 @@ def heuristic_rules(
             "replaced": _replaced(model, rules, good, test),
             "pattern_effect": effect,
         },
-        controls={"other neurons": control},
+        controls={"another pattern": control},
         curves={
             "explained": Curve(
                 "neuron, best first",
@@ -189,28 +193,33 @@ def _kl(p: Float[Tensor, "m d"], q: Float[Tensor, "m d"]) -> float:
     return float((p * (p.clamp_min(1e-12).log() - q.clamp_min(1e-12).log())).sum(1).mean())
 
 
-def _pattern_effect(
-    model: HookedModel, rules: Rules, good: Int[Tensor, " k"], test: Prefixes, seed: int
-) -> tuple[float, float]:
-    """Errors that ablating the neurons of one pattern makes where it holds; and those of as many other neurons."""
-    if len(good) < 2:
-        return NAN, NAN
-    x = one_hot(test)
+def _pattern_effect(model: HookedModel, rules: Rules, good: Int[Tensor, " k"], test: Prefixes) -> tuple[float, float]:
+    """Errors per position that ablating the neurons of one pattern makes where it holds, and where another does.
+
+    A pattern is what a neuron's tree asks first; the other is that of the patterns of explained neurons which holds
+    about as often and least often together with it.
+    """
+    x = torch.from_numpy(one_hot(test) > 0.5)
     roots = torch.tensor([int(rules.trees[i].tree_.feature[0]) for i in good.tolist()])
-    generator = torch.Generator().manual_seed(seed)
-    own_errors: list[float] = []
-    other_errors: list[float] = []
-    for feature in roots.unique().tolist():
-        own, others = good[roots == feature], good[roots != feature]
-        holds = torch.from_numpy(x[:, feature] > 0.5).nonzero()[:100, 0] if feature >= 0 else torch.zeros(0)
-        if len(holds) < 20 or len(others) < len(own):
+    patterns = [feature for feature in roots.unique().tolist() if feature >= 0]
+    here: list[float] = []
+    elsewhere: list[float] = []
+    for feature in patterns:
+        holds = x[:, feature]
+        often = x.float().mean(0)
+        unlike = (x & holds[:, None]).float().mean(0) + (often - often[feature]).abs()
+        rest = [other for other in patterns if other != feature]
+        if not rest:
             continue
-        cases = test.take(holds)
-        control = others[torch.randperm(len(others), generator=generator)[: len(own)]]
-        null = set_errors(_with(model, cases, rules, own[:0], torch.zeros(len(cases), 0)), cases.legal).mean()
-        for chosen, into in ((own, own_errors), (control, other_errors)):
-            ablated = _with(model, cases, rules, chosen, rules.mean[chosen].expand(len(cases), -1))
+        others = x[:, min(rest, key=unlike.tolist().__getitem__)] & ~holds
+        own = good[roots == feature]
+        if min(int(holds.sum()), int(others.sum())) < LEAF:
+            continue
+        for where, into in ((holds, here), (others, elsewhere)):
+            cases = test.take(where.nonzero()[:100, 0])
+            null = set_errors(_with(model, cases, rules, own[:0], torch.zeros(len(cases), 0)), cases.legal).mean()
+            ablated = _with(model, cases, rules, own, rules.mean[own].expand(len(cases), -1))
             into.append(float(set_errors(ablated, cases.legal).mean() - null))
-    if not own_errors:
+    if not here:
         return NAN, NAN
-    return sum(own_errors) / len(own_errors), sum(other_errors) / len(other_errors)
+    return sum(here) / len(here), sum(elsewhere) / len(elsewhere)

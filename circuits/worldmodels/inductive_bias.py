@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -11,9 +12,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuits._stats import bootstrap_interval
+from circuits.errors import BadInput
 from circuits.model import HookedModel
+from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.games import Game
-from circuits.worldmodels.activations import check_fits, device_of, mean_interval, n_layers, resid_post, residuals
+from circuits.worldmodels.activations import check_fits, device_of, n_layers, resid_post, residuals
 from circuits.worldmodels.prefixes import Prefixes, distinct, sample_prefixes
 from circuits.worldmodels.reading import NAN, NothingToMeasure, Reading
 
@@ -65,22 +69,26 @@ def inductive_bias(
     network that holds the state gives prefixes of one state the same answer (R-IB) and tells states apart (D-IB); one
     that holds what is legal next does not tell those apart that share it. ``value`` is R-IB + D-IB - 1, with D-IB on
     these pairs over what the labels themselves have there: 1 is the most that there is, and 0 what a coin for each
-    prefix (R 0, D 1) and one answer for all (R 1, D 0) come to alike. ``details`` has ``r_ib``, ``d_ib``,
-    ``d_ib_same_legal`` and ``d_ib_other_legal`` as defined, and ``ceiling`` those of the labels. NaN where no two
+    prefix (R 0, D 1) and one answer for all (R 1, D 0) come to alike: a D-IB of 1 says something only beside its R-IB.
+    ``details`` has ``r_ib``, ``d_ib``, ``d_ib_same_legal`` and ``d_ib_other_legal`` as defined; ``ceiling`` is D-IB of
+    the labels themselves in the mean over all balanced labellings, which is the most that there is. All of them are
+    taken, each once, where they are no more than ``labellings``; the interval is over labellings. NaN where no two
     states share their legal tokens.
 
     Formula: R-IB = 1 - 2 mean over pairs of prefixes of one state of 1[y_i != y_j]; D-IB = 2 mean over pairs of
-        different states of 1[y_i != y_j]; value = (R-IB + D-IB(same legal) - 1) / D-IB(same legal) of the labels.
+        different states of 1[y_i != y_j]; value = (R-IB + D-IB(same legal) - 1) / D-IB(same legal) of the labels, each
+        in the mean over labellings; ceiling = 4 k (n - k) / (n (n - 1)), k = floor(n / 2) of n states labelled 1.
 
     Args:
         model: any hooked model that reads the game's tokens.
         game: whose states.
         layer: whose residual stream the head reads; None: the last.
-        labellings: number of them.
+        labellings: number of them, at most.
         seed: of states, prefixes and labellings.
 
     Raises:
-        BadInput: the model's vocabulary or context does not fit the game, or no state has prefixes enough.
+        BadInput: the model's vocabulary or context does not fit the game, no state has prefixes enough, or an argument
+            is out of its range.
         UnsupportedModel: the model is not causal.
 
     Source: Vafa et al. 2025 (arXiv 2507.06952), equations 1 to 3 and appendix H; that the head alone be fitted is
@@ -90,7 +98,9 @@ def inductive_bias(
         of states with the same legal tokens; the labellings are few and states are few (see ``ceiling``).
     """
     check_fits(model, game)
+    check_integer("labellings", labellings, 1, 10**6)
     where = n_layers(model) - 1 if layer is None else layer
+    check_integer("layer", where, 0, n_layers(model) - 1, "the blocks of the model")
     measured = []
     for chosen in examples(game, labellings=labellings, seed=seed):
         fit, test = (
@@ -129,6 +139,11 @@ def fine_tuned_inductive_bias(
         betas 0.9 and 0.95, weight decay 0.1, gradient norm clipped at 1, full batch.
     """
     check_fits(model, game)
+    check_integer("labellings", labellings, 1, 10**6)
+    if not steps or not learning_rates:
+        raise BadInput("steps and learning_rates need one value each at least, as steps=(100,)")
+    for n in steps:
+        check_integer("steps", n, 1, 10**6)
     found: dict[tuple[int, float], Reading] = {}
     for rate in learning_rates:
         measured: dict[int, list[tuple[Tensor, Examples]]] = {n: [] for n in steps}
@@ -139,7 +154,7 @@ def fine_tuned_inductive_bias(
             ]
             for n in steps:
                 measured[n].append((torch.stack([answers[n] for answers in runs]), chosen))
-        found |= {(n, rate): _reading(parts) for n, parts in measured.items()}
+        found |= {(n, rate): _reading(parts, f"inductive-bias, {n} steps at {rate:g}") for n, parts in measured.items()}
     return found
 
 
@@ -181,8 +196,29 @@ def _examples(
         ]
         numbers.append(torch.cat([torch.full((len(own),), i) for i, own in enumerate(rows)]))
         parts.append(pool.take(torch.cat(rows)))
-    order = torch.rand(labellings, len(picked), generator=generator).argsort(dim=1)
-    return Examples(parts[0], parts[1], numbers[0], numbers[1], order < len(picked) // 2)
+    labels = balanced_labellings(len(picked), labellings, generator)
+    return Examples(parts[0], parts[1], numbers[0], numbers[1], labels)
+
+
+def balanced_labellings(n: int, most: int, generator: torch.Generator) -> Bool[Tensor, "labellings n"]:
+    """Return all labellings of n states that give half of them a 1, each once; at random so many, where there are more.
+
+    A labelling that is drawn twice says the same twice.
+    """
+    if math.comb(n, n // 2) <= most:
+        chosen = torch.tensor(list(itertools.combinations(range(n), n // 2)))
+        return torch.zeros(len(chosen), n, dtype=torch.bool).scatter_(1, chosen, True)
+    drawn = (torch.rand(64 * most, n, generator=generator).argsort(dim=1) < n // 2).unique(dim=0)
+    return drawn[torch.randperm(len(drawn), generator=generator)[:most]]
+
+
+def labels_differ(n: int) -> float:
+    """Return D-IB of labellings that give half of n states a 1, in the mean over all of them: its ceiling.
+
+    Formula: 2 P(y_i != y_j) = 4 k (n - k) / (n (n - 1)) for two of n states, k of which have a 1.
+    """
+    k = n // 2
+    return 4 * k * (n - k) / (n * (n - 1))
 
 
 def _choose_states(
@@ -278,27 +314,30 @@ def pair_scores(answers: Bool[Tensor, "labellings n_test"], chosen: Examples) ->
     return Scores(1 - 2 * mean(same_state), 2 * mean(~same_state), 2 * mean(same_legal), 2 * mean(other_legal))
 
 
-def _reading(measured: list[tuple[Tensor, Examples]]) -> Reading:
+def _reading(measured: list[tuple[Tensor, Examples]], name: str = "inductive-bias") -> Reading:
     found = [(pair_scores(answers, c), pair_scores(c.labels[:, c.test_state], c)) for answers, c in measured]
     r, d, same, other = (
         torch.cat([getattr(own, name) for own, _ in found]) for name in ("r", "d", "d_same_legal", "d_other_legal")
     )
-    ceiling = float(torch.cat([best.d_same_legal for _, best in found]).nanmean())
-    values = ((r + same - 1) / ceiling)[same.isfinite()].tolist()
+    known = same.isfinite()
+    pairs = torch.stack([r + same - 1, torch.cat([best.d_same_legal for _, best in found])], 1)[known].double()
     accuracy = torch.cat([(a == c.labels[:, c.test_state]).float().mean(1) for a, c in measured])
     details: dict[str, float] = {"accuracy": float(accuracy.mean()), "states": float(measured[0][1].labels.shape[1])}
-    for name, scores in {"r_ib": r, "d_ib": d, "d_ib_same_legal": same, "d_ib_other_legal": other}.items():
-        known = scores[scores.isfinite()]
-        details[name] = float(known.mean())
-        details[f"{name}_error"] = float(known.std() / math.sqrt(len(known))) if len(known) > 1 else NAN
+    details["labellings"] = float(len(r))
+    for key, scores in {"r_ib": r, "d_ib": d, "d_ib_same_legal": same, "d_ib_other_legal": other}.items():
+        finite = scores[scores.isfinite()]
+        details[key] = float(finite.mean())
+        details[f"{key}_error"] = float(finite.std() / math.sqrt(len(finite))) if len(finite) > 1 else NAN
     return Reading(
-        "inductive-bias",
-        sum(values) / len(values) if values else NAN,
-        mean_interval(values),
+        name,
+        float(pairs[:, 0].mean() / pairs[:, 1].mean()) if len(pairs) else NAN,
+        bootstrap_interval(pairs.numpy(), lambda rows: rows[:, 0].sum() / max(rows[:, 1].sum(), 1e-12), seed=0)
+        if len(pairs) > 1
+        else (NAN, NAN),
         details=details,
         controls={
-            "ceiling": ceiling,
-            "ceiling_other_legal": float(torch.cat([best.d_other_legal for _, best in found]).nanmean()),
+            "ceiling": labels_differ(measured[0][1].labels.shape[1]),
+            "ceiling of these labels": float(pairs[:, 1].mean()) if len(pairs) else NAN,
         },
         source="arXiv 2507.06952, equations 1 to 3 and appendix H",
     )

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.model import HookedModel
+from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.games import Game
 from circuits.tasks.games.automaton import NOWHERE, automaton
 from circuits.worldmodels.activations import (
@@ -28,6 +29,9 @@ from circuits.worldmodels.state_probe import probe_data
 
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Lengths of the edit, in mean distances of the residual stream from its mean."""
+POOL = 8
+"""Prefixes of which one feature is changed at random, for each edit that is wanted: most changes are of no use."""
+FEWEST = 20
 CASES = 200
 """Edits on which scale and layer are chosen; as many others are reported."""
 
@@ -52,14 +56,14 @@ class Edits:
 def intervention(model: HookedModel, game: Game, *, cases: int = CASES, seed: int = 0) -> Reading:
     """Return how far editing the state along a probe's directions brings the moves to those of the edited state.
 
-    One feature of the state is changed so that other moves are legal; the residual stream at the end of the prefix is
-    moved along the probe's direction from the old value to the new one. ``value`` is 1 - errors / errors without the
-    edit, where errors are false positives and negatives of the top-N prediction against the edited state's legal moves.
-    Layer and scale are chosen on other cases. ``controls`` are the same edit along a random direction of equal norm, by
-    a probe of random labels, and before the first block; ``details`` has the strata of states that play can and cannot
-    reach, what an edit breaks that changes no legal move (``off_target``, errors per case over those without the edit),
-    and the exchange of the probe's whole subspace with that of a prefix of the edited state (``interchange``) beside a
-    random subspace of its rank.
+    One feature of the state is changed so that other moves are legal and play reaches the new state; the residual
+    stream at the end of the prefix is moved along the probe's direction from the old value to the new one. ``value`` is
+    1 - errors / errors without the edit, where errors are false positives and negatives of the top-N prediction against
+    the edited state's legal moves. Layer and scale are chosen on other cases. ``controls`` are the same edit along a
+    random direction of equal norm, by a probe of random labels, and before the first block; ``details`` has the same
+    for states that play cannot reach (``unreachable``), what an edit breaks that changes no legal move (``off_target``,
+    errors per case over those without the edit), and the exchange of the probe's whole subspace with that of a prefix
+    of another state, whose legal moves are then wanted (``interchange``), beside a random subspace of its rank.
 
     Formula: success = 1 - sum_cases errors(edited, A(s')) / sum_cases errors(unedited, A(s')).
 
@@ -81,11 +85,14 @@ def intervention(model: HookedModel, game: Game, *, cases: int = CASES, seed: in
         change of one feature changes what is legal.
     """
     check_fits(model, game)
+    check_integer("cases", cases, 10, 10**5)
     found = edits(game, 2 * cases, seed=seed)
-    if len(found) < 20:
-        return Reading("intervention", NAN, details={"cases": float(len(found))})
-    half = torch.arange(len(found)) % 2 == 0
-    dev, test = found.take(half), found.take(~half)
+    reachable, beyond = found.take(found.reachable), found.take(~found.reachable)
+    if len(reachable) < FEWEST:
+        note = f"{len(reachable)} changes of one feature lead to a state that play reaches, of {FEWEST}"
+        return Reading("intervention", NAN, details={"cases": float(len(reachable))}, note=note)
+    half = torch.arange(len(reachable)) % 2 == 0
+    dev, test = reachable.take(half), reachable.take(~half)
     layers = range(n_layers(model))
     fit = probe_data(game, 400, seed + 7)
     streams = {k: fit.at(s) for k, s in residuals(model, fit.games.tokens, [-1, *layers]).items()}
@@ -103,7 +110,7 @@ def intervention(model: HookedModel, game: Game, *, cases: int = CASES, seed: in
         "random labels": editor.success(test, null, directions(nonsense, test), layer, scale),
         "before the first block": editor.success(test, null, along, -1, scale),
     }
-    own_space, other_space = _interchange(model, test, probes[layer], layer, seed)
+    own_space, other_space = _interchange(model, game, probes[layer], layer, cases, seed)
     doses = tuple(editor.success(test, null, along, layer, c) for c in SCALES)
     return Reading(
         "intervention",
@@ -113,8 +120,7 @@ def intervention(model: HookedModel, game: Game, *, cases: int = CASES, seed: in
             "layer": float(layer),
             "scale": float(scale),
             "cases": float(len(test)),
-            "reachable": _stratum(by_case, null, test.reachable),
-            "unreachable": _stratum(by_case, null, ~test.reachable),
+            "unreachable": _beyond(editor, beyond, probes[layer], layer, scale),
             "off_target": _off_target(editor, edits(game, cases, seed=seed + 3, legality=False), probes, layer, scale),
             "interchange": own_space,
             "interchange, random subspace": other_space,
@@ -150,7 +156,7 @@ class Editor:
 
 def edits(game: Game, n: int, *, seed: int, legality: bool = True) -> Edits:
     """Return prefixes with a state that differs in one feature and, if and only if ``legality``, in what is legal."""
-    pool = sample_prefixes(game, 600, seed=seed + 11).draw(6 * n, torch.Generator().manual_seed(seed))
+    pool = sample_prefixes(game, 600, seed=seed + 11).draw(POOL * n, torch.Generator().manual_seed(seed))
     generator = torch.Generator().manual_seed(seed + 1)
     features = pool.features
     which = torch.randint(features.shape[1], (len(pool),), generator=generator)
@@ -165,10 +171,11 @@ def edits(game: Game, n: int, *, seed: int, legality: bool = True) -> Edits:
     sound = target[rows, which] == wanted
     legal = game.legal(states)
     differ = (legal != pool.legal).any(1)
-    chosen = (sound & (differ if legality else ~differ)).nonzero()[:n, 0]
     reachable = torch.ones(len(pool), dtype=torch.bool)
     if game.n_states is not None:
         reachable = automaton(game).rows(game.state_id(states)) != NOWHERE
+    fits = sound & (differ if legality else ~differ)
+    chosen = torch.cat([(fits & reachable).nonzero()[:n, 0], (fits & ~reachable).nonzero()[:n, 0]])
     return Edits(pool.take(chosen), target[chosen], legal[chosen], reachable[chosen])
 
 
@@ -201,8 +208,12 @@ def errors(model: HookedModel, cases: Edits, layer: int, moved: Float[Tensor, "m
     return set_errors(edited_probabilities(model, cases, layer, moved), cases.legal)
 
 
-def _stratum(by_case: Tensor, null: Tensor, where: Tensor) -> float:
-    return float(1 - by_case[where].sum() / null[where].sum()) if bool(null[where].sum() > 0) else NAN
+def _beyond(editor: Editor, cases: Edits, probe: LinearProbe, layer: int, scale: float) -> float:
+    """The share of errors undone for states that no play reaches; NaN where there are too few."""
+    if len(cases) < FEWEST:
+        return NAN
+    null = errors(editor.model, cases, 0, torch.zeros(len(cases), 1))
+    return editor.success(cases, null, directions(probe, cases), layer, scale)
 
 
 def _ratio_interval(by_case: Float[Tensor, " m"], null: Float[Tensor, " m"]) -> tuple[float, float]:
@@ -220,18 +231,23 @@ def _off_target(editor: Editor, neutral: Edits, probes: dict[int, LinearProbe], 
     return float((editor.errors(neutral, along, layer, scale) - editor.errors(neutral, along, layer, 0.0)).mean())
 
 
-def _interchange(model: HookedModel, cases: Edits, probe: LinearProbe, layer: int, seed: int) -> tuple[float, float]:
-    """Share of errors undone by taking a subspace from a prefix of the edited state: the probe's, and a random one."""
-    game = cases.prefixes.game
-    donors = sample_prefixes(game, 600, seed=seed + 13)
-    known = torch.cat((game.state_of(cases.features), donors.states)).unique(dim=0, return_inverse=True)[1]
-    wanted, offered = known[: len(cases)], known[len(cases) :]
-    matches = wanted[:, None] == offered
-    has = matches.any(1).nonzero()[:, 0]
-    if len(has) < 10:
+def _interchange(
+    model: HookedModel, game: Game, probe: LinearProbe, layer: int, n: int, seed: int
+) -> tuple[float, float]:
+    """Share of errors undone by taking a subspace from a prefix with other legal moves: the probe's, and a random one.
+
+    Source: Geiger et al. 2024 (arXiv 2303.02536), distributed interchange interventions.
+    """
+    draw = torch.Generator().manual_seed(seed + 13)
+    pool = [sample_prefixes(game, 400, seed=seed + s).draw(4 * n, draw) for s in (13, 17)]
+    size = min(len(part) for part in pool)
+    base, donors = (part.take(torch.arange(size)) for part in pool)
+    other = (base.legal != donors.legal).any(1).nonzero()[:n, 0]
+    if len(other) < FEWEST:
         return NAN, NAN
-    cases, donors = cases.take(has), donors.take(matches[has].long().argmax(1))
-    rank = min(sum(probe.sizes) - len(probe.sizes), probe.directions.shape[1] // 2)
+    base, donors = base.take(other), donors.take(other)
+    cases = Edits(base, donors.features, donors.legal, torch.ones(len(other), dtype=torch.bool))
+    rank = min(sum(probe.sizes) - len(probe.sizes), probe.directions.shape[1] - 1)
     basis = torch.linalg.svd(probe.directions, full_matrices=False).Vh[:rank]
     generator = torch.Generator().manual_seed(seed)
     other = torch.linalg.qr(torch.randn(basis.shape[1], rank, generator=generator)).Q.T

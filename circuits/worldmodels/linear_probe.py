@@ -71,8 +71,15 @@ def fit_probe(
 
 
 def _losses(logits: Tensor, features: Tensor, sizes: tuple[int, ...]) -> Float[Tensor, " m"]:
-    parts = logits.split(list(sizes), 1)
-    return torch.stack([F.cross_entropy(p, features[:, i], reduction="none") for i, p in enumerate(parts)]).mean(0)
+    """The cross-entropy of each state, the mean over its features, all of them at once."""
+    most = max(sizes)
+    if min(sizes) == most:
+        each = logits.unflatten(1, (len(sizes), most))
+    else:
+        parts = [F.pad(p, (0, most - p.shape[1]), value=-torch.inf) for p in logits.split(list(sizes), 1)]
+        each = torch.stack(parts, 1)
+    right = each.gather(2, features[:, :, None])[:, :, 0]
+    return (each.logsumexp(2) - right).mean(1)
 
 
 def shuffled_labels(

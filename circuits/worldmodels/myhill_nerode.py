@@ -10,6 +10,7 @@ from torch import Tensor
 
 from circuits.errors import BadInput
 from circuits.model import HookedModel
+from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.games import Game
 from circuits.tasks.games.automaton import NOWHERE, Automaton, rows_of
 from circuits.worldmodels.activations import check_fits, last_probabilities, mean_interval, next_probabilities, top_sets
@@ -70,7 +71,8 @@ def myhill_nerode(
     Formula: compression at k = mean over pairs of 1[all sampled continuations of k tokens after h1 are accepted after
         h2]; recall = share of the boundary MNB(q1, q2) that the network accepts after h1 and not after h2; precision =
         share of the continuations accepted after h1 and rejected at their last token after h2 that are legal after q1
-        and not after q2.
+        and not after q2, 1 where there are none; both in the mean over pairs. Of a boundary of more than 32 strings
+        as many are drawn.
 
     Args:
         model: any hooked model that reads the game's tokens.
@@ -96,6 +98,8 @@ def myhill_nerode(
         legal ever (in nim: whose turn it is) are one state to it.
     """
     check_fits(model, game)
+    for name, value in (("pairs", pairs), ("samples", samples), ("depth", depth)):
+        check_integer(name, value, 1, 10**5)
     accept = acceptance or Acceptance()
     pool = distinct(sample_prefixes(game, 1000, seed=seed, length=max(1, game.n_ctx // 2)))
     depth = min(depth, game.n_ctx - int(pool.lengths.max()) if len(pool) else 0)
@@ -164,7 +168,7 @@ def _continue(
     drawn = []
     for step in range(length):
         probabilities = last_probabilities(model, tokens, lengths + step, game)
-        sizes = table.legal[at.clamp_min(0)].sum(1)
+        sizes = _number_legal(table, at)
         possible = accept(probabilities, sizes)
         weights = torch.where(possible, probabilities, 0.0)
         # Where nothing is taken for possible, the network draws as it would without a threshold.
@@ -183,6 +187,11 @@ def _with_room(pool: Prefixes, starts: Tensor, length: int) -> Int[Tensor, "m ro
     width = min(tokens.shape[1], whole.shape[1])
     tokens[:, :width] = whole[:, :width]
     return tokens
+
+
+def _number_legal(table: Automaton, at: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
+    """How many tokens are legal in some states; after an illegal token the half of all, since there is no state."""
+    return torch.where(at == NOWHERE, max(1, table.legal.shape[1] // 2), table.legal[at.clamp_min(0)].sum(1))
 
 
 def _after(table: Automaton, at: Int[Tensor, " m"], token: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
@@ -209,7 +218,7 @@ def _accepted(
     where = (lengths - 1)[:, None] + torch.arange(length)
     sizes = []
     for token in strings.unbind(1):
-        sizes.append(table.legal[at.clamp_min(0)].sum(1))
+        sizes.append(_number_legal(table, at))
         at = _after(table, at, token)
     possible = accept(probabilities[torch.arange(len(starts))[:, None], where], torch.stack(sizes, 1))
     # A game that is over only waits: what the network makes of that is not asked.
@@ -262,14 +271,15 @@ def _recall(
     generator: torch.Generator,
 ) -> tuple[float, ...]:
     """Share of the boundary that the network accepts after the one prefix and not after the other, by depth."""
-    first, second, strings, lengths = [], [], [], []
-    for a, b in zip(pairs[0].tolist(), pairs[1].tolist(), strict=True):
+    first, second, strings, lengths, pair = [], [], [], [], []
+    for number, (a, b) in enumerate(zip(pairs[0].tolist(), pairs[1].tolist(), strict=True)):
         found, ends = boundary(game, int(rows[a]), int(rows[b]), depth)
         some = torch.randperm(len(found), generator=generator)[:32]
         strings.append(found[some])
         lengths.append(ends[some])
         first += [a] * len(some)
         second += [b] * len(some)
+        pair += [number] * len(some)
     if not first:
         return (NAN,) * depth
     all_strings, all_lengths = torch.cat(strings), torch.cat(lengths)
@@ -278,8 +288,15 @@ def _recall(
         (_accepted(model, game, accept, pool, rows, torch.tensor(side), all_strings)[0] | ~inside).all(1)
         for side in (first, second)
     ]
-    right = (after[0] & ~after[1]).float()
-    return tuple(_mean(right[all_lengths <= k].tolist()) for k in range(1, depth + 1))
+    right, of = (after[0] & ~after[1]).float(), torch.tensor(pair)
+    return tuple(_mean_over(right, of, all_lengths <= k) for k in range(1, depth + 1))
+
+
+def _mean_over(values: Float[Tensor, " m"], of: Int[Tensor, " m"], where: Bool[Tensor, " m"]) -> float:
+    """The mean over pairs of the mean of a pair's values, of those that have any; NaN where none has."""
+    count = torch.bincount(of[where])
+    total = torch.zeros(len(count)).index_add_(0, of[where], values[where])
+    return _mean((total[count > 0] / count[count > 0]).tolist())
 
 
 def _precision(
@@ -307,7 +324,11 @@ def _precision(
         end = closes.long().argmax(1)[which]
         at = (torch.arange(len(fine))[which], end)
         right = legal[0][at] & ~legal[1][at]
-        scores.append(float(right.float().mean()) if len(end) else 1.0)
+        of = torch.arange(len(fine))[which] // samples
+        bordered = torch.bincount(of, minlength=len(pairs[0]))
+        share = torch.zeros(len(bordered)).index_add_(0, of, right.float()) / bordered.clamp_min(1)
+        # a pair that the network tells apart by nothing has no wrong border either
+        scores.append(float(torch.where(bordered > 0, share, 1.0).mean()))
     return tuple(scores)
 
 

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from circuits.model import HookedModel
+from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.games import Game
 from circuits.worldmodels.activations import check_fits, interval_by_sequence, n_layers, residuals
 from circuits.worldmodels.linear_probe import LinearProbe, fit_probe, shuffled_labels
@@ -15,21 +16,23 @@ from circuits.worldmodels.reading import Curve, Reading
 
 SEQUENCES = 400
 """Sequences that the probe is fitted on; as many others test it."""
-PREFIXES = 6000
+PREFIXES = 4000
 """Prefixes of them at most."""
+NO_TRAINING = "selectivity over an untrained network"
 RECENT = 3
 """Tokens that decide the labels of the control task. States are no such kind: of few states those that the network
 holds are read as well under other names."""
 
 
-def state_probe(model: HookedModel, game: Game, *, n: int = SEQUENCES, seed: int = 0) -> Reading:
+def state_probe(
+    model: HookedModel, game: Game, *, untrained: HookedModel | None = None, n: int = SEQUENCES, seed: int = 0
+) -> Reading:
     """Return how well a linear probe reads the state's features from the residual stream, at its best layer.
 
     ``value`` is the accuracy over features that the last move changed, whoever looks at them: the others are right by
-    remembering what they were. ``details`` has the accuracy over all features, over whole states (every feature
-    right), and balanced over the values of a feature; ``controls`` the same probe's on random labels by the last
-    tokens, and the most
-    frequent value. Fitted and tested on different sequences.
+    remembering what they were. ``details`` has the accuracy over all features, over whole states (every feature right),
+    balanced over the values of a feature, and of each feature where it changed; ``controls`` the same probe's on random
+    labels by the last tokens, and the most frequent value. Fitted and tested on different sequences.
 
     Formula: accuracy = mean over prefixes h and features f with f(s) != f(s before the last move) of
         1[argmax probe_f(resid(h)) = f(s)].
@@ -37,6 +40,8 @@ def state_probe(model: HookedModel, game: Game, *, n: int = SEQUENCES, seed: int
     Args:
         model: any hooked model that reads the game's tokens.
         game: whose states.
+        untrained: a model of the same shape with random weights: ``selectivity over an untrained network`` is what the
+            statistic has beyond that network's.
         n: sequences to fit on, and as many to test on.
         seed: of the sequences.
 
@@ -51,6 +56,7 @@ def state_probe(model: HookedModel, game: Game, *, n: int = SEQUENCES, seed: int
         used.
     """
     check_fits(model, game)
+    check_integer("n", n, 2, 10**6)
     layers = range(n_layers(model))
     fit, test = probe_data(game, n, seed), probe_data(game, n, seed + 1)
     streams = [residuals(model, part.games.tokens, layers) for part in (fit, test)]
@@ -67,19 +73,28 @@ def state_probe(model: HookedModel, game: Game, *, n: int = SEQUENCES, seed: int
     by_heart = control.predict(test.at(streams[1][best])) == labels[len(fit) :]
     report = ~choosing
     per_prefix = ((right[best] & changed).sum(1) / changed.sum(1))[report]
+    value = float(per_prefix.mean())
+    over = {} if untrained is None else {NO_TRAINING: value - state_probe(untrained, game, n=n, seed=seed).value}
     return Reading(
         "state-probe",
-        float(per_prefix.mean()),
+        value,
         interval_by_sequence(per_prefix, test.row[report]),
         details={
-            "accuracy": float(right[best].float().mean()),
-            "whole_state": float(right[best].all(1).float().mean()),
-            "balanced": balanced_accuracy(right[best], test.features),
-            "selectivity over random labels": float(per_prefix.mean()) - _mean(by_heart, changed),
+            "accuracy": float(right[best][report].float().mean()),
+            "whole_state": float(right[best][report].all(1).float().mean()),
+            "balanced": balanced_accuracy(right[best][report], test.features[report]),
+            "selectivity over random labels": value - _mean(by_heart[report], changed[report]),
+            **over,
             "layer": float(best),
-            **{f"feature {name}": float(right[best][:, i].float().mean()) for i, name in enumerate(game.feature_names)},
+            **{
+                f"changed {name}": _mean(right[best][report][:, i : i + 1], changed[report][:, i : i + 1])
+                for i, name in enumerate(game.feature_names)
+            },
         },
-        controls={"random labels": _mean(by_heart, changed), "most frequent value": _majority(fit, test, changed)},
+        controls={
+            "random labels": _mean(by_heart[report], changed[report]),
+            "most frequent value": _majority(fit, test, changed),
+        },
         curves={"by layer": Curve("layer", "accuracy (share)", tuple(layers), tuple(scores[k] for k in layers))},
         source="arXiv 2309.00941, section 3; arXiv 1909.03368",
     )

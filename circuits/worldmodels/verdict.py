@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-VERSION = "world-model-1"
+VERSION = "world-model-2"
 LABELS = ("world-model", "heuristic", "mixed", "undetermined", "not-learned")
 SCORES: dict[str, tuple[str, str]] = {
     "encodes the state": ("state-probe", "value"),
@@ -29,9 +29,8 @@ SCORES: dict[str, tuple[str, str]] = {
 }
 """Each score of the vector: the probe that it is from, and which of its numbers."""
 
-OF_A_WORLD_MODEL = ("distinguishes", "compresses", "uses it")
 OF_NO_HEURISTIC = ("distinguishes", "compresses", "follows counterfactuals", "holds off-policy")
-CORE = tuple(dict.fromkeys(OF_A_WORLD_MODEL + OF_NO_HEURISTIC))
+CORE = (*OF_NO_HEURISTIC, "uses it")
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,8 @@ class Thresholds:
         low: score up to which it does as one that was not trained.
         gap: largest off-policy gap of a world model.
         informative: least distance of the two controls at which a probe says anything.
+        told_least: least of a statistic that the network which was told the state must have for it to say anything:
+            between two controls that hardly do it at all, everybody who does is perfect.
     """
 
     learned: float = 0.95
@@ -51,6 +52,7 @@ class Thresholds:
     low: float = 0.5
     gap: float = 0.05
     informative: float = 0.1
+    told_least: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -192,30 +194,63 @@ def judge(
     planted: Controls = None,
     *,
     thresholds: Thresholds | None = None,
+    informative: Collection[str] | None = None,
     controls: str = "",
 ) -> Assessment:
     """Return scores and label of a network from its probes and those of its controls.
 
     A score is (x - untrained) / (told - untrained), cut to [0, 1], between the means of the controls over their seeds;
-    without controls 0 and 1 stand in for theirs. A score is unknown where the probe does not tell the network that was
-    told the state from the untrained one, and from the one that plays by a planted rule of legality where there is one:
-    their distance is less than ``informative``, or than two standard errors.
+    without controls 0 and 1 stand in for theirs. A score is unknown where its probe is not ``informative``.
 
     ``not-learned``: too much probability is on illegal moves. ``heuristic``: two or more of distinguishes, compresses,
-    follows counterfactuals and holds off-policy are no better than half way from the untrained network. ``world-
-    model``: it distinguishes states as the network that was told them, is not shown (by the upper end of its interval)
-    to compress or to use the state less, has none of the others low and no off-policy gap. ``undetermined``: fewer than
-    two of these say anything, or all that do are high and ``distinguishes`` is not among them. ``mixed``: none of it.
+    follows counterfactuals and holds off-policy are no better than half way from the untrained network.
+    ``world-model``: it distinguishes states as the network that was told them, has none of the others low and no
+    off-policy gap, is not shown (by the upper end of its interval) to compress less, and is shown to use the state
+    (lower end above 0) and not shown to use it less; what is unknown of these two is left out, and said.
+    ``undetermined``: without a network that was told the state, or without a reading of what is legal, of how it
+    continues off its policy or of what edits do; where fewer than two of the scores say anything; or where all that do
+    are high and ``distinguishes`` is not among them. ``mixed``: none of it.
+
+    Args:
+        readings: what ``measure`` found of the network.
+        untrained: the control at 0, or one for each seed; None: 0 stands in.
+        told: the control at 1, or one for each seed; None: 1 stands in, and no mechanism is named.
+        planted: a network that plays by a rule of legality, or one for each seed; None: there is none.
+        thresholds: what the label asks for; None: the defaults.
+        informative: the scores that say anything on this game; None: those that ``informative_scores`` finds.
+        controls: what is said of the controls.
 
     Source: ours; thresholds in ``Thresholds``, held to known players as docs/world-models.md says.
     """
     asked = thresholds or Thresholds()
+    said = informative_scores(untrained, told, planted, thresholds=asked) if informative is None else informative
     found = {
-        name: _score(readings.get(probe), [_pooled(c, probe, key) for c in (untrained, told, planted)], key, asked)
+        name: _score(readings.get(probe), _pooled(untrained, probe, key), _pooled(told, probe, key), key, name in said)
         for name, (probe, key) in SCORES.items()
     }
-    label, why = _label(found, readings, asked)
+    label, why = _label(found, readings, asked, bool(told))
     return Assessment(label, why, found, dict(readings), asked, controls)
+
+
+def informative_scores(
+    untrained: Controls, told: Controls, planted: Controls = None, *, thresholds: Thresholds | None = None
+) -> tuple[str, ...]:
+    """Return the scores whose probe says anything on a game, by what it makes of networks that are known.
+
+    It must tell the network that was told the state from the untrained one, and from the one that plays by a planted
+    rule of legality where there is one, by ``informative`` and by two standard errors over seeds (or by the interval of
+    a single one); and the network that was told must have ``told_least``.
+    """
+    asked = thresholds or Thresholds()
+    said = []
+    for name, (probe, key) in SCORES.items():
+        bottom, top, rule = (_pooled(control, probe, key) for control in (untrained, told, planted))
+        high, high_error = top or (1.0, 0.0)
+        others = [bottom or (0.0, 0.0), *([rule] if rule else [])]
+        apart = all(high - x >= max(asked.informative, 2 * math.hypot(high_error, error)) for x, error in others)
+        if apart and high >= asked.told_least:
+            said.append(name)
+    return tuple(said)
 
 
 def _pooled(controls: Controls, probe: str, key: str) -> tuple[float, float] | None:
@@ -236,18 +271,17 @@ def _pooled(controls: Controls, probe: str, key: str) -> tuple[float, float] | N
 
 
 def _score(
-    reading: Reading | None, controls: Sequence[tuple[float, float] | None], key: str, asked: Thresholds
+    reading: Reading | None,
+    untrained: tuple[float, float] | None,
+    told: tuple[float, float] | None,
+    key: str,
+    informative: bool,
 ) -> Score:
     if reading is None:
         return Score(NAN, NAN, NAN, NAN, NAN, NAN)
     raw, (low, high) = reading.number(key), reading.interval
-    (bottom, bottom_error), (top, top_error) = controls[0] or (0.0, 0.0), controls[1] or (1.0, 0.0)
-    planted, planted_error = controls[2] or (bottom, bottom_error)
-
-    def apart(other: float, error: float) -> bool:
-        return top - other >= max(asked.informative, 2 * math.hypot(top_error, error))
-
-    if not (apart(bottom, bottom_error) and apart(planted, planted_error)):
+    bottom, top = (untrained or (0.0, 0.0))[0], (told or (1.0, 0.0))[0]
+    if not informative or not top > bottom:
         return Score(NAN, NAN, NAN, raw, bottom, top)
 
     def scaled(x: float) -> float:
@@ -256,22 +290,36 @@ def _score(
     return Score(scaled(raw), scaled(low), scaled(high), raw, bottom, top)
 
 
-def _label(scores: Mapping[str, Score], readings: Mapping[str, Reading], asked: Thresholds) -> tuple[str, str]:
-    legal = 1 - readings["legal-actions"].number("illegal_mass") if "legal-actions" in readings else 1.0
-    if not legal >= asked.learned:
-        return "not-learned", f"it gives legal moves {legal:.1%} of its probability, less than {asked.learned:.0%}"
+def _label(
+    scores: Mapping[str, Score], readings: Mapping[str, Reading], asked: Thresholds, told: bool
+) -> tuple[str, str]:
+    missing = [name for name in ("legal-actions", "fan-out", "intervention", "inductive-bias") if name not in readings]
+    if "legal-actions" in readings:
+        legal = 1 - readings["legal-actions"].number("illegal_mass")
+        if not legal >= asked.learned:
+            return "not-learned", f"it gives legal moves {legal:.1%} of its probability, less than {asked.learned:.0%}"
+    if missing:
+        return "undetermined", f"not measured: {', '.join(missing)}"
+    if not told:
+        return "undetermined", (
+            "no network that was told the state stands beside it: how high a score can be on this game is not known; "
+            "train one by the objective `state` and pass it as `told`"
+        )
     known = {name: scores[name] for name in CORE if scores[name].known}
-    shown = ", ".join(f"{name} {score.value:.2f}" for name, score in known.items())
+    shown = ", ".join(f"{name} {score.value:.2f} (raw {score.raw:.2f})" for name, score in known.items())
+    silent = [name for name in CORE if name not in known]
+    unknown = f"; {', '.join(silent)}: the probe says nothing on this game" if silent else ""
     if len(known) < 2:
         return "undetermined", "fewer than two of its probes tell their controls apart on this game"
     low = [f"{n} {known[n].value:.2f}" for n in OF_NO_HEURISTIC if n in known and known[n].value <= asked.low]
     if len(low) >= 2:
         return "heuristic", f"{', '.join(low)}: no more than {asked.low}, although it plays legally ({legal:.1%})"
-    gap = readings["fan-out"].number("off_policy_gap") if "fan-out" in readings else 0.0
-    below = [name for name in OF_A_WORLD_MODEL if name in known and not known[name].high >= asked.high]
-    if not below and not low and gap <= asked.gap:
+    gap = readings["fan-out"].number("off_policy_gap")
+    less = [n for n in ("compresses", "uses it") if n in known and not known[n].high >= asked.high]
+    unused = "uses it" in known and not known["uses it"].low > 0
+    if not less and not low and not unused and gap <= asked.gap:
         if "distinguishes" not in known:
             return "undetermined", f"{shown}: high, but whether it distinguishes states of the same moves is not known"
         if known["distinguishes"].value >= asked.high:
-            return "world-model", f"{shown}, with an off-policy gap of {gap:.3f}"
-    return "mixed", f"{shown}, with an off-policy gap of {gap:.3f}: neither a world model's nor two low"
+            return "world-model", f"{shown}, with an off-policy gap of {gap:.3f}{unknown}"
+    return "mixed", f"{shown}, with an off-policy gap of {gap:.3f}{unknown}: neither a world model's nor two low"

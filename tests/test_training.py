@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import ClassVar
@@ -112,6 +113,7 @@ def test_a_checkpoint_that_was_passed_is_not_left_out_in_silence(tmp_path):
         stopped(tmp_path, after=9, save_every=-1.0)
     with pytest.raises(IncompatibleRun, match="stopped after step 9 and kept no checkpoint of step 3"):
         train(tmp_path, checkpoints=(3,), resume=True)
+    shutil.rmtree(tmp_path)
     assert 3 in train(tmp_path, checkpoints=(3,)).checkpoints
 
 
@@ -418,13 +420,16 @@ def test_the_contributed_objective_trains_without_a_line_in_the_table(tmp_path, 
     assert run.metrics["loss"].iloc[-1] < run.metrics["loss"].iloc[0]
 
 
-def test_a_start_without_resume_leaves_no_state_to_resume_from(tmp_path):
+def test_a_start_without_resume_does_not_throw_a_stopped_run_away(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         stopped(tmp_path, after=9, save_every=-1.0)
-    assert (tmp_path / STATE).exists()
-    with pytest.raises(KeyboardInterrupt):
-        stopped(tmp_path, after=2)
-    assert not (tmp_path / STATE).exists()
+    kept = (tmp_path / STATE).read_bytes()
+    with pytest.raises(BadInput, match="go on with resume"):
+        train(tmp_path)
+    assert (tmp_path / STATE).read_bytes() == kept
+    # where no state was kept yet nothing is lost
+    (tmp_path / STATE).unlink()
+    assert train(tmp_path).metrics["step"].iloc[-1] == 12
 
 
 def test_a_state_without_its_config_is_not_gone_on_from(tmp_path):

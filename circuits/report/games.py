@@ -21,7 +21,8 @@ MEANINGS = {
     "is not shown to compress prefixes or to use the state less (as far as the probes say anything on the game), and "
     "plays as well off the policy that it saw.",
     "heuristic": "It plays legally, but two or more of distinguishes, compresses, follows counterfactuals and holds "
-    "off-policy are no better than half way from an untrained network to one that was told the state.",
+    "off-policy are no better than half way to a network that was told the state, from an untrained one or from one "
+    "that plays by a planted rule of legality, whichever is better.",
 }
 """What ``worldmodels.judge`` asks for before it gives a label that other tasks have not."""
 SHARED = {

@@ -26,9 +26,10 @@ from typing import IO, Protocol, runtime_checkable
 
 from circuits.errors import CircuitsError, StorageError
 
-PRELOAD = ("circuits.study.analyse", "pandas", "pyarrow.parquet", "scipy.stats", "torch._dynamo")
+PRELOAD = ("circuits.study.analyse", "pandas", "pyarrow.parquet", "scipy.stats", "sklearn.tree", "torch._dynamo")
 """What the fork server imports once for all workers: what a run needs, also that which is imported late elsewhere, as
-tests of mechanisms do with scipy and every optimiser of torch with its compiler (a second each, in every run)."""
+tests of mechanisms do with scipy, rules of neurons with scikit-learn and every optimiser of torch with its compiler (a
+second each, in every run)."""
 
 ENVIRONMENT = {
     # glibc gives freed memory back and then pays page faults for it, at every training step

@@ -28,7 +28,7 @@ from circuits._io import (
     storage_errors,
     to_json,
 )
-from circuits.errors import CorruptRun, Diverged, IncompatibleRun
+from circuits.errors import BadInput, CorruptRun, Diverged, IncompatibleRun
 from circuits.model import ModelConfig, Transformer, save
 from circuits.objectives import Objective, Recipe
 from circuits.runs import Run, RunConfig, read_manifest, write_config, write_manifest
@@ -74,7 +74,8 @@ def train(
         progress: show a progress bar.
 
     Raises:
-        BadInput: an objective is undefined for the task, or the model does not fit it.
+        BadInput: an objective is undefined for the task, the model does not fit it, or ``out`` holds a run of this
+            configuration that was stopped and ``resume`` is not asked for.
         IncompatibleRun: ``out`` holds a run of another configuration, or one that is past these checkpoints without
             having kept them.
         Diverged: a loss is not finite; step and last good checkpoint are named.
@@ -91,6 +92,10 @@ def train(
     folder = Path(out)
     if (done := _already(folder, config)) is not None:
         return _with_checkpoints(done, checkpoints)
+    if not resume and is_file(folder / "config.json") and is_file(folder / STATE):
+        raise BadInput(
+            f"{folder} holds a run of this configuration that was stopped: go on with resume (--resume), or delete it"
+        )
     network, position, moments = _begin(folder, config, checkpoints, resume=resume)
     stream = steps(network, task, recipe, seed=seed, evaluate_every=evaluate_every, start=(position, moments))
     keeper = _Keeper(folder, recipe, position, checkpoints, first_reaching, save_every)
@@ -232,8 +237,8 @@ def _begin(
     for wanted in checkpoints:
         if wanted <= position.step and not is_file(_checkpoint(folder, wanted)):
             raise IncompatibleRun(
-                f"{folder} stopped after step {position.step} and kept no checkpoint of step {wanted}: train it again "
-                "without resume, or leave this checkpoint out"
+                f"{folder} stopped after step {position.step} and kept no checkpoint of step {wanted}: delete it and "
+                "train again, or leave this checkpoint out"
             )
     make_directory(folder / "checkpoints")
     with storage_errors(folder):

@@ -40,9 +40,11 @@ class Thresholds:
     Attributes:
         learned: probability of legal tokens, in the mean over positions, below which nothing was learned.
         high: score from which a network does as one that was told the state.
-        low: score up to which it does as one that was not trained.
+        low: share of the way, from the better of the untrained network and the one that plays by a rule of legality
+            to the one that was told the state, up to which it does as these.
         gap: largest off-policy gap of a world model.
         informative: least distance of the two controls at which a probe says anything.
+        errors_apart: the same in standard errors of that distance, over seeds.
         told_least: least of a statistic that the network which was told the state must have for it to say anything:
             between two controls that hardly do it at all, everybody who does is perfect.
     """
@@ -52,6 +54,7 @@ class Thresholds:
     low: float = 0.5
     gap: float = 0.05
     informative: float = 0.1
+    errors_apart: float = 3
     told_least: float = 0.5
 
 
@@ -65,11 +68,18 @@ class Score:
     raw: float
     untrained: float
     told: float
+    planted: float = NAN
+    """The statistic of a network that plays by a planted rule of legality, where there is one."""
 
     @property
     def known(self) -> bool:
         """Whether the probe tells its controls apart on this game, and was measured."""
         return self.value == self.value
+
+    def near_told(self, share: float) -> bool:
+        """Whether more than so much of the way lies behind it, from whichever control is better to who was told."""
+        start = self.planted if self.planted > self.untrained else self.untrained
+        return self.raw > start + share * (self.told - start)
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,7 @@ class Assessment:
                 "high": s.high,
                 "raw": s.raw,
                 "untrained": s.untrained,
+                "rule of legality": s.planted,
                 "told the state": s.told,
                 "probe": SCORES[name][0],
             }
@@ -203,13 +214,14 @@ def judge(
     without controls 0 and 1 stand in for theirs. A score is unknown where its probe is not ``informative``.
 
     ``not-learned``: too much probability is on illegal moves. ``heuristic``: two or more of distinguishes, compresses,
-    follows counterfactuals and holds off-policy are no better than half way from the untrained network.
-    ``world-model``: it distinguishes states as the network that was told them, has none of the others low and no
-    off-policy gap, is not shown (by the upper end of its interval) to compress less, and is shown to use the state
-    (lower end above 0) and not shown to use it less; what is unknown of these two is left out, and said.
-    ``undetermined``: without a network that was told the state, or without a reading of what is legal, of how it
-    continues off its policy or of what edits do; where fewer than two of the scores say anything; or where all that do
-    are high and ``distinguishes`` is not among them. ``mixed``: none of it.
+    follows counterfactuals and holds off-policy are no better than half way to the network that was told the state,
+    from the untrained one or, where that is better, from the one that plays by a planted rule. ``world-model``: it
+    distinguishes states as the network that was told them, has none of the others low and no off-policy gap, is not
+    shown (by the upper end of its interval) to compress less, and is shown to use the state (lower end above 0) and not
+    shown to use it less; what is unknown of these two is left out, and said. ``undetermined``: without a network that
+    was told the state, or without a reading of what is legal, of how it continues off its policy or of what edits do;
+    where fewer than two of the scores say anything; or where all that do are high and ``distinguishes`` is not among
+    them. ``mixed``: none of it.
 
     Args:
         readings: what ``measure`` found of the network.
@@ -225,7 +237,9 @@ def judge(
     asked = thresholds or Thresholds()
     said = informative_scores(untrained, told, planted, thresholds=asked) if informative is None else informative
     found = {
-        name: _score(readings.get(probe), _pooled(untrained, probe, key), _pooled(told, probe, key), key, name in said)
+        name: _score(
+            readings.get(probe), [_pooled(c, probe, key) for c in (untrained, told, planted)], key, name in said
+        )
         for name, (probe, key) in SCORES.items()
     }
     label, why = _label(found, readings, asked, bool(told))
@@ -238,8 +252,8 @@ def informative_scores(
     """Return the scores whose probe says anything on a game, by what it makes of networks that are known.
 
     It must tell the network that was told the state from the untrained one, and from the one that plays by a planted
-    rule of legality where there is one, by ``informative`` and by two standard errors over seeds (or by the interval of
-    a single one); and the network that was told must have ``told_least``.
+    rule of legality where there is one, by ``informative`` and by ``errors_apart`` standard errors over seeds (or of
+    the interval of a single one); and the network that was told must have ``told_least``.
     """
     asked = thresholds or Thresholds()
     said = []
@@ -247,7 +261,8 @@ def informative_scores(
         bottom, top, rule = (_pooled(control, probe, key) for control in (untrained, told, planted))
         high, high_error = top or (1.0, 0.0)
         others = [bottom or (0.0, 0.0), *([rule] if rule else [])]
-        apart = all(high - x >= max(asked.informative, 2 * math.hypot(high_error, error)) for x, error in others)
+        errors = [asked.errors_apart * math.hypot(high_error, error) for _, error in others]
+        apart = all(high - x >= max(asked.informative, e) for (x, _), e in zip(others, errors, strict=True))
         if apart and high >= asked.told_least:
             said.append(name)
     return tuple(said)
@@ -271,23 +286,19 @@ def _pooled(controls: Controls, probe: str, key: str) -> tuple[float, float] | N
 
 
 def _score(
-    reading: Reading | None,
-    untrained: tuple[float, float] | None,
-    told: tuple[float, float] | None,
-    key: str,
-    informative: bool,
+    reading: Reading | None, controls: Sequence[tuple[float, float] | None], key: str, informative: bool
 ) -> Score:
     if reading is None:
         return Score(NAN, NAN, NAN, NAN, NAN, NAN)
     raw, (low, high) = reading.number(key), reading.interval
-    bottom, top = (untrained or (0.0, 0.0))[0], (told or (1.0, 0.0))[0]
+    bottom, top, rule = ((control or (other, 0.0))[0] for control, other in zip(controls, (0.0, 1.0, NAN), strict=True))
     if not informative or not top > bottom:
-        return Score(NAN, NAN, NAN, raw, bottom, top)
+        return Score(NAN, NAN, NAN, raw, bottom, top, rule)
 
     def scaled(x: float) -> float:
         return x if x != x else min(1.0, max(0.0, (x - bottom) / (top - bottom)))
 
-    return Score(scaled(raw), scaled(low), scaled(high), raw, bottom, top)
+    return Score(scaled(raw), scaled(low), scaled(high), raw, bottom, top, rule)
 
 
 def _label(
@@ -311,9 +322,12 @@ def _label(
     unknown = f"; {', '.join(silent)}: the probe says nothing on this game" if silent else ""
     if len(known) < 2:
         return "undetermined", "fewer than two of its probes tell their controls apart on this game"
-    low = [f"{n} {known[n].value:.2f}" for n in OF_NO_HEURISTIC if n in known and known[n].value <= asked.low]
+    low = [f"{n} {known[n].value:.2f}" for n in OF_NO_HEURISTIC if n in known and not known[n].near_told(asked.low)]
     if len(low) >= 2:
-        return "heuristic", f"{', '.join(low)}: no more than {asked.low}, although it plays legally ({legal:.1%})"
+        return "heuristic", (
+            f"{', '.join(low)}: no more than {asked.low:.0%} of the way to the network that was told the state, "
+            f"although it plays legally ({legal:.1%})"
+        )
     gap = readings["fan-out"].number("off_policy_gap")
     less = [n for n in ("compresses", "uses it") if n in known and not known[n].high >= asked.high]
     unused = "uses it" in known and not known["uses it"].low > 0

@@ -89,6 +89,12 @@ def test_the_five_lines_of_the_readme_run(page: str, tmp_path: Path, monkeypatch
     assert math.isfinite(names["curve"].cpr)
 
 
+@pytest.mark.parametrize("name", [*cx.mechanisms.TESTS])
+def test_every_test_has_its_formula_its_source_and_where_it_fails(name: str) -> None:
+    text = cx.mechanisms.TESTS[name].__doc__ or ""
+    assert all(f"\n    {part}:" in text for part in ("Formula", "Source", "Fails when"))
+
+
 def test_concepts_explains_every_label() -> None:
     text = (ROOT / "docs/concepts.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `([a-z-]+)` \|", text, flags=re.M)) == set(cx.mechanisms.LABELS)

@@ -110,6 +110,8 @@ def circularity(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
     basis, and ``roundness``, the shorter radius of each strongest frequency's own ellipse as a share of the longer, is
     that of the frequency alone: 1 for a circle, 0 for a wave along one direction.
 
+    Formula: mean over the first four components x of max_k of 2 abs(sum_t x_t e^(2 pi i k t / p))^2 / (p norm(x)^2).
+
     Source: Zhong et al. 2023 (arXiv 2306.17844), section 5; repository fjzzq2002/pizza, eval-main.ipynb.
     Fails when: two circles have equal radii, since components then mix them: 0.73 in a published network that is right
     on every pair.
@@ -244,6 +246,9 @@ def isolated_circles(model: Any, task: Task, *, seed: int = 0, readings: Reading
 
     It is a description, never a verdict (see gradient-symmetricity). Over the whole network's logits the two formulas
     are equally good (see logit-terms): only isolated circles tell them apart.
+
+    Formula: FVE(L, f_pizza) - FVE(L, f_clock), L the logits with the embedding projected on one plane, standardised as
+        f is; FVE = 1 - norm(L - f)^2 / norm(L)^2; f_clock = cos w(a + b - c), f_pizza = abs(cos w(a - b)/2) f_clock.
 
     Source: Zhong et al. 2023 (arXiv 2306.17844), section 4.3 and appendix; repository fjzzq2002/pizza, eval-main.ipynb.
     Fails when: one frequency alone does not drive the network (both FVE are then near -1), or circles of equal

@@ -152,6 +152,9 @@ def column_parts(model: Any, task: Task, *, seed: int = 0) -> Evidence:
     neither the base's nor the source's. In contrast to ``column-interchange`` and ``carry-cascade`` no head need carry
     one of them alone. ``control`` is the same for parts fitted to the digits of other sums.
 
+    Formula: min over inner columns and both parts of mean over sums of [the digit with F, or with z - F, of the source
+        in place of the base's = the digit that the column algorithm gives].
+
     Source: sub-tasks base add and carry: Quirke & Barez 2024 (arXiv 2310.13121), section 3; interchange accuracy over a
     distribution: Geiger et al. 2021 (arXiv 2106.02997), definition 2; the split into parts is ours.
     Fails when: an MLP at an earlier position has added digit and carry up already, or what is written of one

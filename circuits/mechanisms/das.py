@@ -185,6 +185,9 @@ def das(model: Any, task: Task, *, seed: int = 0, readings: Readings | None = No
     and both controls are low. Three searches for each candidate: the costliest test, which ``explain`` leaves out of
     its quick budget.
 
+    Formula: max over two variables of mean over unseen pairs of [argmax logits(base with Q Q^T x(source) in place of
+        Q Q^T x(base)) = answer(base with the source's value of the variable)], Q learned on other pairs.
+
     Source: Geiger et al. 2024 (arXiv 2303.02536), section 3; arbitrary labels and untrained models as controls: Arora
     et al. 2024 (arXiv 2402.12560), section 5; implementation: TransformerLens, tools/analysis/interchange.py.
     Fails when: the state's rank is not far above the subspace's (controls are then high); or a few steps do not reach

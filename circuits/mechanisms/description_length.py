@@ -237,6 +237,9 @@ def description_length(model: Any, task: Task, *, seed: int = 0, readings: Readi
 
     Small: few rules say it all, and ``cheapest`` names their kind. Near 1: a list of pairs, as of a memoriser.
 
+    Formula: min over families of (bits of rules and coefficients + N (H(e) + e log2(answers - 1))) / (N log2(answers)),
+        e the share of inputs that the described model answers otherwise.
+
     Source: ranking by importance and replacing the rest by means: Nikankin et al. 2025 (arXiv 2410.21272), equation
     2, and Nanda et al. 2023 (arXiv 2301.05217), section 4, for frequencies; two-part codes: Rissanen 1978, Automatica
     14:465, and Grünwald 2007, chapter 5. Joining them is ours.

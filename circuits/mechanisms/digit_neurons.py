@@ -100,6 +100,9 @@ def digit_neurons(model: Any, task: Task, *, seed: int = 0, readings: Readings |
 
     ``control`` is the same for operands renamed at random.
 
+    Formula: max over layers and bases of min over F and G of mean over bases and sources of [answer with h - F(base) +
+        F(source) = answer of the number whose low (for G: high) digits are the source's].
+
     Source: interchange accuracy: Geiger et al. 2021 (arXiv 2106.02997), definition 2; the two-way split is ours.
     Fails when: one neuron reads both columns (h is no sum): the algorithm may be there, but this cannot show it.
     """

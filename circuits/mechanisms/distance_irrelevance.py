@@ -57,6 +57,8 @@ def distance_irrelevance(model: Any, task: Task, *, seed: int = 0, readings: Rea
 
     It is a description, never a verdict (see gradient-symmetricity).
 
+    Formula: mean over d of std_s L[s, d] / std of L[s, d] over all s and d.
+
     Source: Zhong et al. 2023 (arXiv 2306.17844), section 4.2; repository fjzzq2002/pizza, eval-main.ipynb and, for
     ``top_wrong``, train-main.py.
     Fails when: the network has not learned the task: at initialisation it is 0.99.

@@ -88,6 +88,8 @@ def gradient_symmetricity(model: Any, task: Task, *, seed: int = 0, readings: Re
     Addition", ICLR 2026). ``details`` has the variation of attention, and the accuracy without which nothing
     should be read into the value.
 
+    Formula: mean over (a, b, c) of cos(dQ_abc / dE_a, dQ_abc / dE_b).
+
     Source: Zhong et al. 2023 (arXiv 2306.17844), section 4.1; repository fjzzq2002/pizza, eval-main.ipynb, for the
     sample.
     Fails when: the network has not learned the task: at initialisation it is 0.62 in the published models, and 0.95

@@ -301,6 +301,9 @@ def helix(model: Any, task: Task, *, seed: int = 0, readings: Readings | None = 
     High with a low control: numbers are represented by these periods and the model uses nothing else of them. High
     with a high ``line``: a number line (a helix has a linear term). Low: a code that unseen numbers do not follow.
 
+    Formula: (acc(E replaced by C B(a)) - acc(E replaced by its mean)) / (acc - acc(E replaced by its mean)), over
+        unseen a; C by least squares on the other numbers.
+
     Source: Kantamneni & Tegmark 2025 (arXiv 2502.00873), sections 4 and 5 (fits, patching, controls; repository
     LLM-addition). Choice of frequencies, the share kept and the held-out results are ours.
     Fails when: there are fewer than 12 numbers (not applicable); or bands or digits of a regular width make a lookup's

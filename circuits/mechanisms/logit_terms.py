@@ -92,6 +92,9 @@ def logit_terms(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
     It is a description, never a verdict: of the published networks the pizza has 0.995 and the clock 0.983, so that
     whole logits do not tell the two apart.
 
+    Formula: sum over the five strongest w of norm(projection of L on cos w(a + b - c))^2 / norm(L)^2, L centred for
+        each input.
+
     Source: Zhong et al. 2023 (arXiv 2306.17844), section 2 and 3; Nanda et al. 2023 (arXiv 2301.05217), section 4.1.
     Fails when: the modulus is even, where the highest frequency is left out; memorised training pairs that happen to
     be on lines of equal sums count too.

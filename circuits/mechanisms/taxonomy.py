@@ -143,7 +143,8 @@ def taxonomy(model: Any, task: Task, *, seed: int = 0, readings: Readings | None
         share of its top prompts that the heuristic is about and base the share of all prompts.
 
     Source: Nikankin et al. 2025 (arXiv 2410.21272), algorithm 1, section 4.1 and appendices E and F; correction for
-    chance, ties, weights by importance and the null are ours.
+    chance, ties, weights by importance and the null are ours, and so is that all patterns are declared beforehand and
+    none is read off a neuron's top prompts (``heuristics.declare``).
     Fails when: a few prompts carry a neuron (its top prompts are then ties), or the answer passes through later layers
     (a neuron's votes are its direct ones).
     """

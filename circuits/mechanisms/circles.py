@@ -226,7 +226,7 @@ def logits_from(model: Any, task: Task, group: GroupTable, table: Float[Tensor, 
             return activation
 
         out.append(answer_logits(model, task, tokens, [("hook_embed", put)]))
-    return torch.cat(out)[:, group.columns].float()
+    return torch.cat(out)[:, group.columns]
 
 
 def isolated_circles(model: Any, task: Task, *, seed: int = 0, readings: Readings | None = None) -> Evidence:

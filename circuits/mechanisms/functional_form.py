@@ -146,17 +146,23 @@ def renamed_wave_share(
     circle: int | None = None,
 ) -> float:
     """Importance-weighted share of neurons with a single frequency, in any version, when operands bear other names."""
-    generator = torch.Generator().manual_seed(seed)
-    keep = torch.randperm(len(operands), generator=generator)[:MOST_ROWS].to(operands.device)
-    fit = (torch.rand(len(keep), generator=generator) < 0.5).to(operands.device)
-    renamed = group_index(task, operands[keep], circle=circle)
-    assert renamed is not None  # the same task has just been fitted
-    a, b, kept, modulus = renamed
+    a, b, rows, fit, modulus = _some_rows(task, operands, seed=seed, circle=circle)
     lowest = lowest_frequency(task, modulus)
-    waves = [
-        wave_fit(a[kept], b[kept], neurons[keep][kept], modulus, fit[kept], lowest=lowest)[0] for neurons in versions
-    ]
+    waves = [wave_fit(a, b, neurons[rows], modulus, fit, lowest=lowest)[0] for neurons in versions]
     return float(importance[torch.stack(waves).amax(0) > GOOD_FIT].sum() / importance.sum().clamp_min(1e-12))
+
+
+def _some_rows(
+    task: Task, operands: Int[Tensor, "all 2"], *, seed: int, circle: int | None
+) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"], Int[Tensor, " rows"], Bool[Tensor, " rows"], int]:
+    """Some rows at random, of a task that has been fitted: operands in the group, which rows, half to fit, modulus."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(operands), generator=generator)[:MOST_ROWS].to(operands.device)
+    fit = (torch.rand(len(rows), generator=generator) < 0.5).to(operands.device)
+    renamed = group_index(task, operands[rows], circle=circle)
+    assert renamed is not None
+    a, b, kept, modulus = renamed
+    return a[kept], b[kept], rows[kept], fit[kept], modulus
 
 
 def key_frequencies(forms: Forms, importance: Float[Tensor, " n"], *, least: float = 0.05) -> list[int]:
@@ -314,16 +320,10 @@ def with_joint_waves(
     asked = ((layer > layer.min()) & (forms.family != 0)).nonzero().flatten()
     if not keys or not len(asked):
         return forms
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randperm(len(readings.operands), generator=generator)[:MOST_ROWS].to(top.device)
-    renamed = group_index(task, readings.operands[rows], circle=circle)
-    assert renamed is not None  # the same task has just been fitted
-    a, b, kept, modulus = renamed
-    rows, a, b = rows[kept], a[kept], b[kept]
+    a, b, rows, fit, modulus = _some_rows(task, readings.operands, seed=0, circle=circle)
     if len(keys) * MOST_SHARE > modulus:
         return forms
     features = wave_features(a, b, torch.tensor(keys, device=a.device), modulus).flatten(1)[:, None]
-    fit = (torch.rand(len(rows), generator=generator) < 0.5).to(a.device)
     share = block_fits(features, readings.neurons[rows][:, top[asked]], fit)[1][0]
     family = forms.family.clone()
     family[asked[share > GOOD_FIT]] = 0

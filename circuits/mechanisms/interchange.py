@@ -98,7 +98,7 @@ def operand_states(model: Any, task: Task, hook: str, *, others: int = 16) -> Fl
     second = (torch.arange(others) * n // others).repeat(n)
     tokens = task.encode(torch.stack([values, second], dim=1)).inputs.to(device_of(model))
     states = activations(model, tokens, [hook])[hook][:, operand_positions(task)[0]]
-    return states.float().unflatten(0, (n, others)).mean(1)
+    return states.unflatten(0, (n, others)).mean(1)
 
 
 def draw_swaps(model: Any, task: Task, *, n: int, seed: int) -> Swap:

@@ -167,8 +167,8 @@ def judged(case: Case) -> dict[str, Any]:
         model = reference.transform(model, kind, seed=case.seed, **options)
     verdict = mechanisms.explain(model, task, budget=case.budget)
     if case.family == UNTRAINED:  # where there is nothing to explain: what tests say of nothing
-        names = mechanisms.applicable(task, budget=case.budget)
-        verdict = replace(verdict, items=mechanisms.measure(model, task, names)[0])
+        names = mechanisms.applicable(task, budget=case.budget)[len(verdict.items) :]
+        verdict = replace(verdict, items=(*verdict.items, *mechanisms.measure(model, task, names)[0]))
     kept = accuracies(model, task)["accuracy_train"] >= KEPT * built_accuracy
     return {
         "family": case.family,

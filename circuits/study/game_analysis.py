@@ -94,20 +94,19 @@ def assessments(runs: Sequence[Planned], analyses: Mapping[str, GameAnalysis]) -
     A control that is not there, yet or at all, is replaced by what ``worldmodels.judge`` takes for it. What a probe
     says of the controls, and with it whether it says anything on a game, is one thing for all runs of a cell.
     """
-    found = {}
-    said = {
-        run.cell: informative_scores(*(_of_cell(run.cell, name, runs, analyses) for name in CONTROLS)) for run in runs
-    }
+    cells = {cell: _controls(cell, runs, analyses) for cell in dict.fromkeys(run.cell for run in runs)}
+    said = {cell: informative_scores(*(list(by_id.values()) for by_id in found)) for cell, found in cells.items()}
+    verdicts = {}
     for run in runs:
         if run.id not in analyses:
             continue
-        untrained, told, planted = (_controls(run, name, runs, analyses) for name in CONTROLS)
+        untrained, told, planted = (_but(run.id, by_id) for by_id in cells[run.cell])
         how = [
             f"0: {UNTRAINED}, {len(untrained)} seeds" if untrained else "0: a statistic of 0",
             f"1: {TOLD}, {len(told)} seeds" if told else "1: a statistic of 1",
             *([f"told from {PLANTED}, {len(planted)} seeds"] if planted else []),
         ]
-        found[run.id] = worldmodels.judge(
+        verdicts[run.id] = worldmodels.judge(
             analyses[run.id].readings,
             untrained,
             told,
@@ -115,27 +114,20 @@ def assessments(runs: Sequence[Planned], analyses: Mapping[str, GameAnalysis]) -
             informative=said[run.cell],
             controls="; ".join(how),
         )
-    return found
-
-
-def _of_cell(
-    cell: str, objective: str, runs: Sequence[Planned], analyses: Mapping[str, GameAnalysis]
-) -> list[dict[str, Reading]]:
-    """What is known of a control of a cell, by seed."""
-    return [
-        analyses[run.id].readings
-        for run in runs
-        if run.cell == cell and run.objective == objective and run.id in analyses
-    ]
+    return verdicts
 
 
 def _controls(
-    run: Planned, objective: str, runs: Sequence[Planned], analyses: Mapping[str, GameAnalysis]
-) -> list[dict[str, Reading]]:
-    """What is known of a control in the cell of a run, by seed; a control is held to the others of its kind."""
-    same = [other for other in runs if other.cell == run.cell and other.objective == objective and other.id in analyses]
-    others = [other for other in same if other.id != run.id]
-    return [analyses[other.id].readings for other in others or same]
+    cell: str, runs: Sequence[Planned], analyses: Mapping[str, GameAnalysis]
+) -> list[dict[str, dict[str, Reading]]]:
+    """What is known of each of ``CONTROLS`` in a cell, by run."""
+    of_cell = [run for run in runs if run.cell == cell and run.id in analyses]
+    return [{run.id: analyses[run.id].readings for run in of_cell if run.objective == name} for name in CONTROLS]
+
+
+def _but(run_id: str, by_id: Mapping[str, dict[str, Reading]]) -> list[dict[str, Reading]]:
+    """A control's readings for a run: it is held to the others of its kind, where there are others."""
+    return [readings for other, readings in by_id.items() if other != run_id] or list(by_id.values())
 
 
 def game_columns(analysis: GameAnalysis, verdict: Assessment) -> dict[str, Any]:

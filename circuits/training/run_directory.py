@@ -92,10 +92,6 @@ def train(
     folder = Path(out)
     if (done := _already(folder, config)) is not None:
         return _with_checkpoints(done, checkpoints)
-    if not resume and is_file(folder / "config.json") and is_file(folder / STATE):
-        raise BadInput(
-            f"{folder} holds a run of this configuration that was stopped: go on with resume (--resume), or delete it"
-        )
     network, position, moments = _begin(folder, config, checkpoints, resume=resume)
     stream = steps(network, task, recipe, seed=seed, evaluate_every=evaluate_every, start=(position, moments))
     keeper = _Keeper(folder, recipe, position, checkpoints, first_reaching, save_every)
@@ -230,7 +226,11 @@ def _begin(
     """The model, position and optimiser state to start from; clears what an earlier attempt left behind it."""
     start: tuple[Transformer, Position, dict[str, Any] | None]
     # Whatever may refuse comes before the config is written, by which the folder belongs to this run alone.
-    going_on = resume and is_file(folder / "config.json") and is_file(folder / STATE)
+    going_on = is_file(folder / "config.json") and is_file(folder / STATE)
+    if going_on and not resume:
+        raise BadInput(
+            f"{folder} holds a run of this configuration that was stopped: go on with resume (--resume), or delete it"
+        )
     start = load_state(folder) if going_on else (Transformer(config.model, seed=config.seed), Position(), None)
     position = start[1]
     log = _logged(folder) if going_on else []

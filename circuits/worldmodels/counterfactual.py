@@ -77,12 +77,13 @@ def counterfactual(model: HookedModel, game: Game, *, n: int = SEQUENCES, seed: 
     follows = (new < old)[where].float()
     distance = (torch.arange(tokens.shape[1]) - at[:, None] + 1)[where]
     far = [k for k in distance.unique().tolist() if int((distance == k).sum()) >= FEWEST]
-    interval = interval_by_sequence(follows, where.nonzero()[:, 0])
+    enough = len(follows) >= FEWEST
+    interval = interval_by_sequence(follows, where.nonzero()[:, 0]) if enough else (NAN, NAN)
     commuting, pairs = _commuting_change(model, game, games.states, tokens, counted, generator)
     return Reading(
         "counterfactual",
-        float(follows.mean()) if len(follows) >= FEWEST else NAN,
-        interval if len(follows) >= FEWEST else (NAN, NAN),
+        float(follows.mean()) if enough else NAN,
+        interval,
         details={
             "positions": float(len(follows)),
             "commuting_change": commuting,
@@ -98,7 +99,7 @@ def counterfactual(model: HookedModel, game: Game, *, n: int = SEQUENCES, seed: 
             )
         },
         source="arXiv 2406.03689, section 5",
-        note="" if len(follows) >= FEWEST else f"edits leave {len(follows)} positions that differ, of {FEWEST}",
+        note="" if enough else f"edits leave {len(follows)} positions that differ, of {FEWEST}",
     )
 
 

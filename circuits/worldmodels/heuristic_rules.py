@@ -202,11 +202,11 @@ def _pattern_effect(model: HookedModel, rules: Rules, good: Int[Tensor, " k"], t
     x = torch.from_numpy(one_hot(test) > 0.5)
     roots = torch.tensor([int(rules.trees[i].tree_.feature[0]) for i in good.tolist()])
     patterns = [feature for feature in roots.unique().tolist() if feature >= 0]
+    often = x.float().mean(0)
     here: list[float] = []
     elsewhere: list[float] = []
     for feature in patterns:
         holds = x[:, feature]
-        often = x.float().mean(0)
         unlike = (x & holds[:, None]).float().mean(0) + (often - often[feature]).abs()
         rest = [other for other in patterns if other != feature]
         if not rest:

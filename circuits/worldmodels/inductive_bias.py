@@ -98,7 +98,6 @@ def inductive_bias(
         of states with the same legal tokens; the labellings are few and states are few (see ``ceiling``).
     """
     check_fits(model, game)
-    check_integer("labellings", labellings, 1, 10**6)
     where = n_layers(model) - 1 if layer is None else layer
     check_integer("layer", where, 0, n_layers(model) - 1, "the blocks of the model")
     measured = []
@@ -139,7 +138,6 @@ def fine_tuned_inductive_bias(
         betas 0.9 and 0.95, weight decay 0.1, gradient norm clipped at 1, full batch.
     """
     check_fits(model, game)
-    check_integer("labellings", labellings, 1, 10**6)
     if not steps or not learning_rates:
         raise BadInput("steps and learning_rates need one value each at least, as steps=(100,)")
     for n in steps:
@@ -162,8 +160,9 @@ def examples(game: Game, *, labellings: int, seed: int) -> list[Examples]:
     """Return the sets of states with their prefixes and labellings of one measurement.
 
     Raises:
-        BadInput: fewer than two states have prefixes enough.
+        BadInput: fewer than two states have prefixes enough, or ``labellings`` is no positive number.
     """
+    check_integer("labellings", labellings, 1, 10**6)
     generator = torch.Generator().manual_seed(seed)
     pool = distinct(sample_prefixes(game, 4000, seed=seed))
     state, halves = pool.state, pool.row % 2

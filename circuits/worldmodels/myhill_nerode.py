@@ -289,14 +289,20 @@ def _recall(
         for side in (first, second)
     ]
     right, of = (after[0] & ~after[1]).float(), torch.tensor(pair)
-    return tuple(_mean_over(right, of, all_lengths <= k) for k in range(1, depth + 1))
+    scores = []
+    for k in range(1, depth + 1):
+        short = all_lengths <= k
+        share, known = _by_pair(right[short], of[short], len(pairs[0]))
+        scores.append(_mean(share[known].tolist()))
+    return tuple(scores)
 
 
-def _mean_over(values: Float[Tensor, " m"], of: Int[Tensor, " m"], where: Bool[Tensor, " m"]) -> float:
-    """The mean over pairs of the mean of a pair's values, of those that have any; NaN where none has."""
-    count = torch.bincount(of[where])
-    total = torch.zeros(len(count)).index_add_(0, of[where], values[where])
-    return _mean((total[count > 0] / count[count > 0]).tolist())
+def _by_pair(
+    values: Float[Tensor, " m"], of: Int[Tensor, " m"], n: int
+) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
+    """The mean of the values of each of n pairs, and which pairs have any."""
+    count = torch.bincount(of, minlength=n)
+    return torch.zeros(n).index_add_(0, of, values) / count.clamp_min(1), count > 0
 
 
 def _precision(
@@ -325,10 +331,9 @@ def _precision(
         at = (torch.arange(len(fine))[which], end)
         right = legal[0][at] & ~legal[1][at]
         of = torch.arange(len(fine))[which] // samples
-        bordered = torch.bincount(of, minlength=len(pairs[0]))
-        share = torch.zeros(len(bordered)).index_add_(0, of, right.float()) / bordered.clamp_min(1)
+        share, bordered = _by_pair(right.float(), of, len(pairs[0]))
         # a pair that the network tells apart by nothing has no wrong border either
-        scores.append(float(torch.where(bordered > 0, share, 1.0).mean()))
+        scores.append(float(torch.where(bordered, share, 1.0).mean()))
     return tuple(scores)
 
 

@@ -7,6 +7,12 @@ JOBS ?= 2
 # several gigabytes: `make study TORCH_INDEX=https://download.pytorch.org/whl/cpu` takes the CPU build.
 TORCH_INDEX ?=
 
+# Compile this package once, not again in each of the hundred processes that the tests start.
+unexport PYTHONDONTWRITEBYTECODE
+
+# glibc otherwise gives freed memory back and pays page faults for it, as the workers of a study would without this.
+KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456
+
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 RUNTIME := $(VENV)/.installed
@@ -67,7 +73,7 @@ test: $(TESTS)
 	@status=0; \
 	echo "ruff"; $(BIN)/ruff check . || status=1; $(BIN)/ruff format --check . || status=1; \
 	echo "mypy"; $(BIN)/mypy || status=1; \
-	echo "pytest"; $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --nbmake $(QUICKSTART) $(WORLD_MODEL) tests || status=1; \
+	echo "pytest"; $(KEEP_MEMORY) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --nbmake $(QUICKSTART) $(WORLD_MODEL) tests || status=1; \
 	exit $$status
 
 # torch first and alone, as above.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.metadata
 import os
 import sys
@@ -47,41 +48,43 @@ if sys.version_info < (3, 12):
     typing._ProtocolMeta.__instancecheck__ = _ask_once  # type: ignore[attr-defined]
 
 
-# Checking every call of every function takes longer than the calls. In each test the first calls of each function are
+# Checking every call of every function takes longer than the calls. In each test the first call of each function is
 # checked; functions within functions are not, which the import hook would decorate again each time that they are made.
-CHECKED_CALLS = 4
+# Each is decorated when it is first called: collection would wait for thousands, most of which one worker never calls.
 _check: typing.Any = jaxtyping.jaxtyped
-_calls: dict[object, int] = {}
+_called: set[object] = set()
 
 
-def _check_first_calls(*functions: typing.Any, **options: typing.Any) -> typing.Any:
+def _check_first_call(*functions: typing.Any, **options: typing.Any) -> typing.Any:
     def decorate(one: typing.Any) -> typing.Any:
         if isinstance(one, type):
             return _check(one, **options)
         if "<locals>" in one.__qualname__:
             return one
-        checked = _check(one, **options)
+        checked: typing.Any = None
 
         @functools.wraps(one)
-        def first_calls(*args: typing.Any, **kwargs: typing.Any) -> typing.Any:
-            made = _calls.get(one, 0)
-            if made >= CHECKED_CALLS:
+        def first_call(*args: typing.Any, **kwargs: typing.Any) -> typing.Any:
+            nonlocal checked
+            if one in _called:
                 return one(*args, **kwargs)
-            _calls[one] = made + 1
+            if checked is None:
+                checked = _check(one, **options)
+            _called.add(one)
             return checked(*args, **kwargs)
 
-        return first_calls
+        return first_call
 
     return decorate(*functions) if functions else decorate
 
 
-jaxtyping.jaxtyped = _check_first_calls
+jaxtyping.jaxtyped = _check_first_call
 
 
 @pytest.fixture(autouse=True)
 def _run_time_types(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let tests marked ``untyped`` reach the checks that meet users, who have no run-time types switched on."""
-    _calls.clear()
+    _called.clear()
     jaxtyping_config.update("jaxtyping_disable", request.node.get_closest_marker("untyped") is not None)
     yield
     jaxtyping_config.update("jaxtyping_disable", False)
@@ -110,3 +113,9 @@ def artifacts() -> Path:
     folder = Path(__file__).parent / "artifacts"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def pytest_collection_finish() -> None:
+    """Leave what collection loaded out of every later search for garbage: it stays until the end."""
+    gc.collect()
+    gc.freeze()

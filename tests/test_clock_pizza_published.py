@@ -222,7 +222,8 @@ def test_intervals_hold_the_values_and_nothing_is_decided() -> None:
             assert evidence.passed is None and evidence.control is not None
 
 
-@pytest.mark.parametrize("run", RUNS)
+# one of each sub-label, of each architecture, and of each that has not learned
+@pytest.mark.parametrize("run", ["h9m153uuh9", "qlvxqhkvit", "2k4ohj6bhd", "f5dh675z97", "n9n7h3p965"])
 def test_the_verdict_is_fourier_where_the_task_is_learned(run: str) -> None:
     model, _ = published(run)
     verdict = mechanisms.explain(model, TASK, budget="quick")

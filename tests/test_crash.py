@@ -117,10 +117,10 @@ def test_killed_and_failing_workers_are_tried_again(tmp_path: Path) -> None:
 
 
 def test_workers_keep_the_memory_that_they_freed(tmp_path: Path) -> None:
-    class_free = Environment("environment", tmp_path)
-    assert executor.execute([class_free], workers=1)[0].error is None
+    before = dict(os.environ)
+    assert executor.execute([Environment("environment", tmp_path)], workers=1)[0].error is None
     assert (tmp_path / "environment.txt").read_text() == "268435456 1 None"
-    assert "MALLOC_TOP_PAD_" not in os.environ
+    assert os.environ == before
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ from circuits.study import executor, study
 for name in executor.PRELOAD:
     importlib.import_module(name)
 context = multiprocessing.get_context("fork")
-executor.start_context = lambda: context
+executor.start_context, executor.prepare = lambda: context, lambda: None
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
@@ -239,8 +239,10 @@ def test_a_study_killed_ten_times_ends_as_an_undisturbed_one(
     driver: Driver, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     generator = random.Random(20261123)
-    number, kept, in_the_middle = 0, {}, 0
-    for _ in range(KILLS):
+    number, kept, kills, in_the_middle = 0, {}, 0, 0
+    # until enough of them hit a study at work, which a busy machine makes rarer
+    while kills < KILLS or (in_the_middle < 3 and kills < 4 * KILLS):
+        kills += 1
         folder = tmp_path / str(number)
         group = driver.start(folder)
         time.sleep(generator.uniform(0.02, 0.6 * undisturbed.seconds))

@@ -203,9 +203,8 @@ def test_theme_is_the_systems_without_any_script_until_the_button_says_otherwise
     page.close()
 
 
-@pytest.mark.parametrize("width", [1280, 420])
-def test_figures_are_drawn_in_the_colours_of_the_theme(browser, page_file, width):
-    page, problems = opened(browser, page_file, width=width)
+def test_figures_are_drawn_in_the_colours_of_the_theme(browser, page_file):
+    page, problems = opened(browser, page_file)
     page.evaluate("window.drawEverything()")
     lines = 'document.querySelectorAll(".plot .scatterlayer path.js-line")'
     strokes = f"Array.from({lines}, (path) => path.style.stroke)"

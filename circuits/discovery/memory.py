@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from circuits.errors import BadInput
 
@@ -38,10 +37,10 @@ class _Allocations(TorchDispatchMode):
         given = kwargs or {}
         out = func(*args, **given)
         # what shares its memory with an argument is a view, or that argument, changed
-        known = {t.untyped_storage()._cdata for t in tree_leaves((args, given)) if _allocated(t)}
-        for tensor in tree_leaves(out):
-            if _allocated(tensor) and tensor.untyped_storage()._cdata not in known:
-                self._note(tensor.untyped_storage())
+        known = {storage._cdata for storage in _storages((*args, *given.values()))}
+        for storage in _storages((out,)):
+            if storage._cdata not in known:
+                self._note(storage)
         return out
 
     def _note(self, storage: Any) -> None:
@@ -58,8 +57,14 @@ class _Allocations(TorchDispatchMode):
         self.most = max(self.most, self.now)
 
 
-def _allocated(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta"
+def _storages(values: Iterable[Any]) -> Iterator[Any]:
+    """The memory of every tensor among what an operation takes or gives: tensors, lists of tensors, and numbers."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.layout == torch.strided and value.device.type != "meta":
+                yield value.untyped_storage()
+        elif isinstance(value, list | tuple):
+            yield from _storages(value)
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

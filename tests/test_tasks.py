@@ -219,13 +219,14 @@ def test_the_state_is_exactly_what_the_tokens_so_far_determine(task: Task) -> No
     """A state is -1 at a position iff two sequences with the same tokens so far disagree on it later."""
     batch = task.encode(square(task))
     of_the_token = ("column", "digit", "carry in", "carry out")
+    n_positions = batch.tokens.shape[1]
+    prefixes = [batch.tokens[:, : end + 1].unique(dim=0, return_inverse=True)[1] for end in range(n_positions)]
     for name, states in task.state(batch.operands).items():
         if isinstance(task, DigitAddition) and name in of_the_token:
             continue
         final = states[:, -1]
         assert int(final.min()) >= 0
-        for position in range(batch.tokens.shape[1]):
-            prefix = batch.tokens[:, : position + 1].unique(dim=0, return_inverse=True)[1]
+        for position, prefix in enumerate(prefixes):
             least, most = (
                 final.new_zeros(int(prefix.max()) + 1).scatter_reduce(0, prefix, final, how, include_self=False)[prefix]
                 for how in ("amin", "amax")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
 
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 
 from circuits import report
@@ -15,6 +17,7 @@ from circuits._io import read_json, write_json
 from circuits._style import ON_DARK, PAGES, VERDICT_COLOURS
 from circuits.mechanisms import LABELS
 from circuits.report.content import MEANINGS, build
+from circuits.report.in_words import in_words
 from circuits.study.analyse import record
 from circuits.study.calibration import SIZES, Calibration
 from circuits.study.study import Study, run
@@ -238,6 +241,32 @@ def test_figures_have_house_colours_and_only_evidence_has_a_verdicts(study):
             assert used <= set(ON_DARK), title
             assert not used & verdicts or title.startswith("Evidence for"), title
     assert {"Training", "Evidence", "Fourier"} <= titles
+
+
+def test_every_figure_is_said_in_words(study, page_file):
+    figures = build(study)["figures"]
+    said = re.findall(r'class="unseen" id="(figure-\d+)-words">([^<]+)<', page_file.read_text(encoding="utf-8"))
+    assert [number for number, _ in said] == [figure["id"] for figure in figures]
+    assert all(re.search(r"\d", words) for _, words in said)
+
+
+def test_words_have_the_numbers_of_the_figure():
+    figure = go.Figure(
+        [
+            go.Scatter(x=[1, 2, 3, 4, 5], y=[0.5, 0.25, math.nan, 0.75, 1.0], name="seen <i>pairs</i>"),
+            go.Scatter(x=[None], y=[None], name="only in the legend"),
+            go.Scatter(x=[0.125, 1.0], y=["spectral", "block-gap"], name="model"),
+            go.Bar(x=[3, 5, 7], y=[0.1, 0.7, 0.2], name="embedding"),
+            go.Scatter(x=[0, 1], y=[0, 1], text=["embed → m0<br>score -2.5<br>more"] * 2),
+            go.Heatmap(z=[[0, 1], [2, 30]]),
+        ]
+    )
+    figure.update_layout(xaxis_title="step", yaxis_title="accuracy")
+    assert in_words(figure) == (
+        "across: step; up: accuracy. seen pairs: 0.5 at 1, 1 at 5, between 0.25 and 1. "
+        "model: spectral 0.125, block-gap 1. embedding, the largest of 3: 0.7 at 5, 0.2 at 7, 0.1 at 3. "
+        "1 heat map of 2 by 2 cells: values from 0 to 30. The largest of 1 edge: embed → m0 score -2.5."
+    )
 
 
 def test_legend_and_documentation_say_the_same_of_every_label():

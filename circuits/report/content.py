@@ -19,6 +19,7 @@ from circuits.errors import CorruptRun
 from circuits.mechanisms import TESTS, VERSION, Evidence, rule_table
 from circuits.plots import fourier_figure, neuron_figure, training_figure
 from circuits.report import games
+from circuits.report.in_words import in_words
 from circuits.report.provenance import circuits_by, counted, made_with, reasons
 from circuits.study import tables
 from circuits.study.analyse import MATCHED, Analysis
@@ -59,7 +60,7 @@ class Figures:
         # no tag can close the script element early
         text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
         self.items.append({"id": number, "json": text})
-        return {"id": number, "label": label, "height": height}
+        return {"id": number, "label": label, "height": height, "words": in_words(figure)}
 
 
 def build(study: Study) -> dict[str, Any]:

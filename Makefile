@@ -29,12 +29,13 @@ TL3_TESTS := $(addprefix tests/test_,model.py discovery.py discovery_errors.py a
 	faithfulness.py learned_masks.py discovery_guards.py discovery_results.py discovery_memory.py discovery_bench.py \
 	known_circuits.py hard_circuits.py discovery_benchmark.py shared_norm.py circuit_algebra.py)
 
-.PHONY: help study test test-tl3 lint types docs bench notebooks real-model clean
+.PHONY: help study test test-long test-tl3 lint types docs bench notebooks real-model clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make study      set up, train and analyse the quick arithmetic study, write $(OUT)/report.html"
 	@echo "make test       set up, then linter, type checker, the whole test suite and the notebooks"
+	@echo "make test-long  what the suite checks on one or two models, on all the others"
 	@echo "make test-tl3   the tests of models and discovery in $(TL3), which has TransformerLens 3.9"
 	@echo "make docs       build the documentation into docs/_build/html, warnings are errors"
 	@echo "make bench      run the speed benchmarks"
@@ -75,6 +76,9 @@ test: $(TESTS)
 	echo "mypy"; $(BIN)/mypy || status=1; \
 	echo "pytest"; $(KEEP_MEMORY) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --nbmake $(QUICKSTART) $(WORLD_MODEL) tests || status=1; \
 	exit $$status
+
+test-long: $(TESTS)
+	$(KEEP_MEMORY) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m long tests
 
 # torch first and alone, as above.
 $(TL3)/.installed: pyproject.toml constraints-tl3.txt

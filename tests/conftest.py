@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import jaxtyping
@@ -88,6 +88,17 @@ def _run_time_types(request: pytest.FixtureRequest) -> Iterator[None]:
     jaxtyping_config.update("jaxtyping_disable", request.node.get_closest_marker("untyped") is not None)
     yield
     jaxtyping_config.update("jaxtyping_disable", False)
+
+
+def with_repeats(cases: Iterable[typing.Any], kept: Collection[typing.Any]) -> list[typing.Any]:
+    """Cases of a test, of which those that are not kept repeat its check on more models, in ``make test-long`` only."""
+    chosen = list(cases)
+    assert set(kept) < set(chosen)
+    long = pytest.mark.long
+    return [
+        case if case in kept else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=long)
+        for case in chosen
+    ]
 
 
 @pytest.fixture(scope="session")

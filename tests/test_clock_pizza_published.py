@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import reference_folder
+from conftest import reference_folder, with_repeats
 
 from circuits import mechanisms
 from circuits.mechanisms.groups import group_table
@@ -222,8 +222,7 @@ def test_intervals_hold_the_values_and_nothing_is_decided() -> None:
             assert evidence.passed is None and evidence.control is not None
 
 
-# one of each sub-label, of each architecture, and of each that has not learned
-@pytest.mark.parametrize("run", ["h9m153uuh9", "qlvxqhkvit", "2k4ohj6bhd", "f5dh675z97", "n9n7h3p965"])
+@pytest.mark.parametrize("run", with_repeats(RUNS, {"h9m153uuh9", "qlvxqhkvit", "2k4ohj6bhd", "n9n7h3p965"}))
 def test_the_verdict_is_fourier_where_the_task_is_learned(run: str) -> None:
     model, _ = published(run)
     verdict = mechanisms.explain(model, TASK, budget="quick")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import with_repeats
 from discovery_models import build, close, some_pairs
 
 from circuits import discovery
@@ -148,7 +149,24 @@ def scored(size: int) -> Circuit:
 SCORED = scored(MB // 2)
 
 
-@pytest.mark.parametrize("call", CALLS)
+REPEATS = {
+    "mask-gradient",
+    "eap-ig-inputs",
+    "hisp",
+    "clean-corrupted",
+    "subnetwork-probing",
+    "edge-pruning",
+    "neurons",
+    "means",
+    "ablated, mean",
+    "faithfulness, zero",
+    "completeness",
+    "squared-error",
+    "exact-nodes",
+}
+
+
+@pytest.mark.parametrize("call", with_repeats(CALLS, set(CALLS) - REPEATS))
 def test_every_method_keeps_its_budget_with_many_pairs(call: str) -> None:
     # two layers, and so a part that is followed by a whole block, where batches follow from that
     n_layers = 2 if call in ("eap", "exact", "acdc", "nested") else 1

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import pytest
+from conftest import with_repeats
 from constructions import CONSTRUCTIONS
 
 from circuits import mechanisms, reference
 
+OF_EACH_KIND = {
+    "frequencies of another circle",
+    "frequencies, then decoders",
+    "a line that wraps",
+    "columns without cascade",
+    "uneven ranges",
+    "a list of all pairs",
+    "a list of all pairs of digits",
+    "frequencies for small sums",
+    "columns behind norms",
+    "a line with GELU behind norms",
+}
 
-@pytest.mark.parametrize("name", CONSTRUCTIONS)
+
+@pytest.mark.parametrize("name", with_repeats(CONSTRUCTIONS, OF_EACH_KIND))
 def test_is_called_by_its_name(name: str) -> None:
     model, task, truth = CONSTRUCTIONS[name]()
     verdict = mechanisms.explain(model, task, budget="quick")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import with_repeats
 from other_layouts import RenamedAnswers, behind_bos, code_made_by_a_layer, dense, digit_pairs
 
 from circuits.mechanisms import applicable, digit_neurons, explain
@@ -28,7 +29,16 @@ LAYOUTS: dict[str, Callable[[], Reference]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+OF_EACH_KIND = {
+    "dense fourier",
+    "dense columns, last ten not full",
+    "columns of digit pairs",
+    "number line made by a layer",
+    "columns behind another token",
+}
+
+
+@pytest.mark.parametrize("layout", with_repeats(LAYOUTS, OF_EACH_KIND))
 def test_the_mechanism_keeps_its_name(layout: str) -> None:
     model, task, truth = LAYOUTS[layout]()
     assert min(accuracies(model, task).values()) >= 0.99
@@ -62,7 +72,11 @@ SMALL: dict[str, dict[str, int]] = {
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [*((family, torch.bfloat16) for family in SMALL), ("fourier-pizza", torch.float64)]
+    ("family", "dtype"),
+    with_repeats(
+        [(family, dtype) for family in SMALL for dtype in (torch.float64, torch.bfloat16)],
+        {("fourier-pizza", torch.float64), ("columns", torch.bfloat16)},
+    ),
 )
 def test_precision_does_not_matter(family: str, dtype: torch.dtype) -> None:
     model, task, truth = build(family, **SMALL[family])
@@ -70,7 +84,7 @@ def test_precision_does_not_matter(family: str, dtype: torch.dtype) -> None:
     assert f"{verdict.label}/{verdict.mechanism}" == truth, verdict.why
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", with_repeats(SMALL, {"fourier-pizza", "columns"}))
 def test_the_size_of_activations_does_not_matter(family: str) -> None:
     model, task, truth = build(family, **SMALL[family])
     with torch.no_grad():

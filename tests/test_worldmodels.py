@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import with_repeats
 from game_oracles import Oracle, knows_legality, knows_state, knows_state_by_neurons
 
 from circuits import worldmodels
@@ -34,7 +35,7 @@ def untrained(game: games.Game, **changes: Any) -> Transformer:
     return Transformer(ModelConfig(**{**sizes, "normalization": "LN", **changes}), seed=0).eval()
 
 
-@pytest.mark.parametrize("game", [LATTICE, games.Nim(), CONNECT], ids=lambda g: g.name)
+@pytest.mark.parametrize("game", with_repeats([LATTICE, games.Nim(), CONNECT], {LATTICE}), ids=lambda g: g.name)
 def test_who_knows_the_state_has_the_highest_value_of_every_statistic(game: games.Game) -> None:
     found = worldmodels.measure(knows_state(game), game, probes=[name for name in PROBES if name != "adaptation"])
     for name in ("inductive-bias", "myhill-nerode", "legal-actions", "detours"):

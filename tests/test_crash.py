@@ -20,11 +20,11 @@ from circuits.errors import Diverged
 from circuits.study import Study, executor
 
 KILLS = 10
-RUNS = 2
+RUNS = 3
 TINY = """
 name = "tiny"
-title = "Two runs of a second"
-seeds = [0]
+title = "Three runs of a second"
+seeds = [0, 1]
 
 [[recipe]]
 name = "answer"
@@ -44,6 +44,7 @@ task = { name = "digit-addition", digits = 1, block = 0.2 }
 model = { d_model = 16, n_heads = 2 }
 recipes = ["answer"]
 stage = { steps = 25, learning_rate = 1e-2, batch_size = 64 }
+seeds = [0]
 why = "The same for a task whose answer has several tokens."
 """
 
@@ -147,6 +148,7 @@ for name in executor.PRELOAD:
     importlib.import_module(name)
 context = multiprocessing.get_context("fork")
 executor.start_context, executor.prepare = lambda: context, lambda: None
+print("ready", flush=True)
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
@@ -169,6 +171,9 @@ class Driver:
             text=True,
             env=os.environ | executor.ENVIRONMENT,
         )
+        assert self.process.stdout
+        # what is timed next is a study, not the loading of torch
+        assert self.process.stdout.readline() == "ready\n"
 
     def start(self, folder: Path) -> int:
         assert self.process.stdin and self.process.stdout

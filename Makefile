@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/quick
 JOBS ?= 2
-# The index to take torch from; empty means the one that pip uses anyway. On Linux, PyPI serves the CUDA build of
-# several gigabytes: `make study TORCH_INDEX=https://download.pytorch.org/whl/cpu` takes the CPU build.
-TORCH_INDEX ?=
+# The index to take torch from: the one of CPU builds, for on Linux PyPI serves CUDA builds of several gigabytes. Where it
+# cannot be reached, and where this is empty, torch comes from the index that pip uses anyway.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_FIRST := $(if $(TORCH_INDEX),--no-deps --retries 0 --timeout 15 --index-url $(TORCH_INDEX)) torch
 
 # Compile this package once, not again in each of the hundred processes that the tests start.
 unexport PYTHONDONTWRITEBYTECODE
@@ -23,6 +24,7 @@ WORLD_MODEL := notebooks/world_model.ipynb
 REAL_MODEL := notebooks/real_model.ipynb notebooks/language_model_addition.ipynb
 
 TL3 := .venv-tl3
+TL3_INSTALL := $(TL3)/bin/python -m pip install --disable-pip-version-check --constraint constraints-tl3.txt
 # The model and the discovery engine on the last TransformerLens 3, which other circuit discovery packages need.
 TL3_TESTS := $(addprefix tests/test_,model.py discovery.py discovery_errors.py against_transformer_lens.py exact.py acdc.py \
 	gradient_methods.py gradient_rules.py neurons.py positions.py path_and_activation_patching.py circuit_evaluation.py \
@@ -51,7 +53,7 @@ $(BIN)/python:
 
 # torch first and alone, so that a separate index can serve it.
 $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(INSTALL) $(TORCH_FIRST) || $(INSTALL) torch
 	$(INSTALL) --editable .
 	@touch $@
 
@@ -83,8 +85,8 @@ test-long: $(TESTS)
 # torch first and alone, as above.
 $(TL3)/.installed: pyproject.toml constraints-tl3.txt
 	$(PYTHON) -m venv $(TL3)
-	$(TL3)/bin/python -m pip install --disable-pip-version-check --constraint constraints-tl3.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(TL3)/bin/python -m pip install --disable-pip-version-check --constraint constraints-tl3.txt --editable . pytest pytest-xdist hypothesis beartype
+	$(TL3_INSTALL) $(TORCH_FIRST) || $(TL3_INSTALL) torch
+	$(TL3_INSTALL) --editable . pytest pytest-xdist hypothesis beartype
 	@touch $@
 
 test-tl3: $(TL3)/.installed

@@ -6,12 +6,12 @@ JOBS ?= 2
 # The index to take torch from: the one of CPU builds, for on Linux PyPI serves CUDA builds of several gigabytes. Where it
 # cannot be reached, and where this is empty, torch comes from the index that pip uses anyway.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-TORCH_FIRST := $(if $(TORCH_INDEX),--no-deps --retries 0 --timeout 15 --index-url $(TORCH_INDEX)) torch
+install_torch = $(if $(TORCH_INDEX),$(1) --no-deps --retries 0 --timeout 15 --index-url $(TORCH_INDEX) torch ||) $(1) torch
 
 # Compile this package once, not again in each of the hundred processes that the tests start.
 unexport PYTHONDONTWRITEBYTECODE
 
-# glibc otherwise gives freed memory back and pays page faults for it, as the workers of a study would without this.
+# glibc otherwise gives freed memory back and pays page faults for it; HEAP in circuits/study/executor.py, for the tests.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456
 
 BIN := $(VENV)/bin
@@ -53,7 +53,7 @@ $(BIN)/python:
 
 # torch first and alone, so that a separate index can serve it.
 $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) $(TORCH_FIRST) || $(INSTALL) torch
+	$(call install_torch,$(INSTALL))
 	$(INSTALL) --editable .
 	@touch $@
 
@@ -85,7 +85,7 @@ test-long: $(TESTS)
 # torch first and alone, as above.
 $(TL3)/.installed: pyproject.toml constraints-tl3.txt
 	$(PYTHON) -m venv $(TL3)
-	$(TL3_INSTALL) $(TORCH_FIRST) || $(TL3_INSTALL) torch
+	$(call install_torch,$(TL3_INSTALL))
 	$(TL3_INSTALL) --editable . pytest pytest-xdist hypothesis beartype
 	@touch $@
 

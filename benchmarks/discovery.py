@@ -36,13 +36,9 @@ from safetensors.torch import save_file
 
 from circuits.discovery import Graph, acdc, eap, eap_ig_inputs, exact, kl_divergence
 from circuits.model import ModelConfig, Transformer
+from circuits.study.executor import HEAP
 from circuits.tasks.base import Pairs
 
-HEAP = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "4294967296",
-    "MALLOC_TOP_PAD_": "268435456",
-}
 SIZES = {
     "S": (ModelConfig(128, 12, 2, 128, 4, act_fn="gelu", normalization="LN", init_std=0.15), 64),
     "M": (ModelConfig(128, 12, 4, 256, 8, act_fn="gelu", normalization="LN", init_std=0.15), 16),

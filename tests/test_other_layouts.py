@@ -17,6 +17,7 @@ LAYOUTS: dict[str, Callable[[], Reference]] = {
     "dense fourier": lambda: dense("fourier-pizza", p=29),
     "dense plain fourier": lambda: dense("fourier-plain", n=30),
     "dense number line": lambda: dense("number-line", n=30),
+    "dense columns": lambda: dense("columns", n=40),
     "dense columns, last ten not full": lambda: dense("columns", n=45),
     "columns of digit pairs": digit_pairs,
     "fourier made by a layer": lambda: code_made_by_a_layer("fourier-pizza", p=29),
@@ -96,9 +97,10 @@ def test_the_size_of_activations_does_not_matter(family: str) -> None:
     assert f"{verdict.label}/{verdict.mechanism}" == truth, verdict.why
 
 
-def test_every_test_runs_behind_another_token_and_in_double_precision() -> None:
+@pytest.mark.parametrize("dtype", with_repeats([torch.float32, torch.float64], {torch.float64}))
+def test_every_test_runs_behind_another_token_and_in_any_precision(dtype: torch.dtype) -> None:
     model, task, truth = behind_bos(build("fourier-pizza", **SMALL["fourier-pizza"]))
-    verdict = explain(model.double(), task)
+    verdict = explain(model.to(dtype), task)
     assert f"{verdict.label}/{verdict.mechanism}" == truth and verdict.sub_label is not None
     assert {item.test for item in verdict.items} == set(applicable(task))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from conftest import with_repeats
 
 from circuits import report
 from circuits._io import read_json, write_json
@@ -206,8 +207,9 @@ def test_theme_is_the_systems_without_any_script_until_the_button_says_otherwise
     page.close()
 
 
-def test_figures_are_drawn_in_the_colours_of_the_theme(browser, page_file):
-    page, problems = opened(browser, page_file)
+@pytest.mark.parametrize("width", with_repeats([1280, 420], {1280}))
+def test_figures_are_drawn_in_the_colours_of_the_theme(browser, page_file, width):
+    page, problems = opened(browser, page_file, width=width)
     page.evaluate("window.drawEverything()")
     lines = 'document.querySelectorAll(".plot .scatterlayer path.js-line")'
     strokes = f"Array.from({lines}, (path) => path.style.stroke)"
@@ -245,7 +247,9 @@ def test_figures_have_house_colours_and_only_evidence_has_a_verdicts(study):
 
 def test_every_figure_is_said_in_words(study, page_file):
     figures = build(study)["figures"]
-    said = re.findall(r'class="unseen" id="(figure-\d+)-words">([^<]+)<', page_file.read_text(encoding="utf-8"))
+    said = re.findall(
+        r'class="visually-hidden" id="(figure-\d+)-words">([^<]+)<', page_file.read_text(encoding="utf-8")
+    )
     assert [number for number, _ in said] == [figure["id"] for figure in figures]
     assert all(re.search(r"\d", words) for _, words in said)
 

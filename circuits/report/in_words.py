@@ -19,17 +19,12 @@ def in_words(figure: Any) -> str:
 
     A line is said by its ends and extremes, marks one by one, bars and edges by the largest, a heat map by its range.
     """
-    axes = [
-        (f"{side}: {title}") for side, axis in (("across", "xaxis"), ("up", "yaxis")) if (title := _title(figure, axis))
-    ]
+    titles = {"across": figure.layout.xaxis.title.text, "up": figure.layout.yaxis.title.text}
+    axes = [f"{side}: {_plain(title)}" for side, title in titles.items() if title]
     said = [f"{'; '.join(axes)}." if axes else ""]
     said += [_trace(trace) for trace in figure.data if trace.type != "heatmap" and trace.name]
     said += [_maps(figure), _edges(figure)]
     return " ".join(filter(None, said))
-
-
-def _title(figure: Any, axis: str) -> str:
-    return _plain(figure.layout[axis].title.text or "")
 
 
 def _plain(text: str) -> str:
@@ -39,7 +34,7 @@ def _plain(text: str) -> str:
 
 def _trace(trace: Any) -> str:
     """One named trace."""
-    name, x, y = _plain(trace.name), list(_values(trace.x)), list(_values(trace.y))
+    name, x, y = _plain(trace.name), _values(trace.x), _values(trace.y)
     if not x or len(x) != len(y):
         return ""
     if trace.type == "bar":
@@ -92,8 +87,9 @@ def _edges(figure: Any) -> str:
     return f"The largest of {counted(len(scored), 'edge')}: {'; '.join(scored[i] for i in order)}."
 
 
-def _values(of: Any) -> Iterable[Any]:
-    return [] if of is None else [value.item() if hasattr(value, "item") else value for value in of]
+def _values(of: Any) -> list[Any]:
+    """A trace's tuple or array as Python's own numbers and strings."""
+    return [] if of is None else np.asarray(of, dtype=object).tolist()
 
 
 def _numeric(values: list[Any]) -> bool:
@@ -111,4 +107,4 @@ def _listed(pairs: Iterable[tuple[Any, Any]]) -> str:
 def _number(value: Any) -> str:
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return "not measured"
-    return f"{value:.3g}" if isinstance(value, float | np.floating) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

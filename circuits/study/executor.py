@@ -31,11 +31,14 @@ PRELOAD = ("circuits.study.analyse", "pandas", "pyarrow.parquet", "scipy.stats",
 tests of mechanisms do with scipy, rules of neurons with scikit-learn and every optimiser of torch with its compiler (a
 second each, in every run)."""
 
-ENVIRONMENT = {
-    # glibc gives freed memory back and then pays page faults for it, at every training step
+HEAP = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_TOP_PAD_": "268435456",
+}
+"""What keeps glibc from giving freed memory back, and then paying page faults for it at every training step."""
+
+ENVIRONMENT = HEAP | {
     # every core has a process of its own
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",

@@ -225,6 +225,12 @@ class Transformer(HookedRootModule):
         with super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts):
             yield self
 
+    def remove_all_hook_fns(self, *args: Any, **kwargs: Any) -> None:
+        """Remove hooks as TransformerLens does, and pass by the points that have none: that is most of the time."""
+        for point in self.hook_points():
+            if point.fwd_hooks or point.bwd_hooks:
+                point.remove_hooks(*args, **kwargs)
+
     def run_with_cache(
         self,
         *args: Any,

@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -88,7 +88,7 @@ class Layer:
     @cached_property
     def W_back(self) -> tuple[Float[Tensor, "_ d_head d_model"], ...]:
         """The weights that carry a gradient from q, k and v to the standardised input of the norm."""
-        back = [W.transpose(1, 2).contiguous() for W in self.W]
+        back = [W.transpose(1, 2) for W in self.W]
         back = [W if self.norm.weight is None else W * self.norm.weight for W in back]
         if self.norm.kind == "LN":
             # centring is a projection: applied to the weights once, it need not be applied to every gradient
@@ -299,34 +299,55 @@ def check_exact(sites: Sites, store: Mapping[str, Tensor]) -> None:
         UnsupportedModel: naming the first place where the model does something else.
     """
     values = {name: tensor[:1].detach() for name, tensor in store.items()}
+    checks: list[_Check] = []
+
+    def compare(got: Tensor, expected: Tensor, name: str, what: str) -> None:
+        checks.append(_Check.of(got, expected, name, what))
+
     stream = values[sites.embed]
     stream = stream if sites.pos_embed is None else stream + values[sites.pos_embed]
     for i, layer in enumerate(sites.layers):
-        _compare(values[layer.resid], stream, f"blocks.{i}.hook_resid_pre", "the sum of the sources before it")
+        compare(values[layer.resid], stream, f"blocks.{i}.hook_resid_pre", "the sum of the sources before it")
         normed = layer.norm(values[layer.resid])
         for j, name in enumerate(layer.qkv):
             expected = layer.project_normed(j, normed[:, None]).transpose(1, 2)
-            _compare(values[name], expected, name, "the projection of the normalised stream")
+            compare(values[name], expected, name, "the projection of the normalised stream")
         if layer.shares_norm and layer.mlp_in is not None:
-            _compare(values[layer.mlp_in], normed, layer.mlp_in, "the normalised stream that attention reads")
+            compare(values[layer.mlp_in], normed, layer.mlp_in, "the normalised stream that attention reads")
         stream = stream + values[layer.z].flatten(2) @ layer.W_O.flatten(0, 1)
         stream = stream if layer.b_O is None else stream + layer.b_O
         if layer.neurons is not None and layer.mlp_out is not None:
             written = values[layer.neurons.post] @ layer.neurons.W_out.to(stream.dtype)
             written = written if layer.neurons.b_out is None else written + layer.neurons.b_out
-            _compare(values[layer.mlp_out], written, layer.mlp_out, "what its neurons write")
+            compare(values[layer.mlp_out], written, layer.mlp_out, "what its neurons write")
         stream = stream if layer.mlp_out is None else stream + values[layer.mlp_out]
-    _compare(values[sites.final], stream, sites.final, "the sum of the sources before it")
+    compare(values[sites.final], stream, sites.final, "the sum of the sources before it")
+    # read together, for each reading of a number waits for a GPU
+    found = torch.stack([check.error_and_size for check in checks]).tolist()
+    for check, (error, size) in zip(checks, found, strict=True):
+        check.hold(error, size)
 
 
-def _compare(got: Tensor, expected: Tensor, name: str, what: str) -> None:
-    if got.shape != expected.shape:
-        raise UnsupportedModel(f"{name} has shape {tuple(got.shape)}: expected {tuple(expected.shape)}, {what}")
-    wide = torch.promote_types(got.dtype, torch.float32)
-    error, size = torch.stack([(got.to(wide) - expected.to(wide)).norm(), got.to(wide).norm()]).tolist()
-    tolerance = 1e-3 if got.dtype in (torch.float32, torch.float64) else 3e-2
-    if math.isfinite(error) and error > tolerance * size + 1e-6:
-        raise UnsupportedModel(
-            f"{name} is not {what} (off by {error / size if size else math.inf:.1e} of its norm): the model has a "
-            f"part that edges cannot represent, such as a norm or a scale after attention, or a hook edits it"
-        )
+class _Check(NamedTuple):
+    """How far an activation is from what it is taken to be."""
+
+    error_and_size: Float[Tensor, " two"]
+    tolerance: float
+    name: str
+    what: str
+
+    @classmethod
+    def of(cls, got: Tensor, expected: Tensor, name: str, what: str) -> _Check:
+        if got.shape != expected.shape:
+            raise UnsupportedModel(f"{name} has shape {tuple(got.shape)}: expected {tuple(expected.shape)}, {what}")
+        wide = torch.promote_types(got.dtype, torch.float32)
+        norms = torch.stack([(got.to(wide) - expected.to(wide)).norm(), got.to(wide).norm()])
+        return cls(norms, 1e-3 if got.dtype in (torch.float32, torch.float64) else 3e-2, name, what)
+
+    def hold(self, error: float, size: float) -> None:
+        if math.isfinite(error) and error > self.tolerance * size + 1e-6:
+            raise UnsupportedModel(
+                f"{self.name} is not {self.what} (off by {error / size if size else math.inf:.1e} of its norm): the "
+                f"model has a part that edges cannot represent, such as a norm or a scale after attention, or a hook "
+                f"edits it"
+            )

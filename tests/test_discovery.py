@@ -91,7 +91,7 @@ def test_a_sources_score_is_the_sum_over_its_edges(variant: str) -> None:
     circuit = eap_ig_inputs(model, pairs, steps=2)
     source, _ = circuit.graph.ends()
     sums = torch.zeros(len(circuit.graph.sources)).index_add(0, source, circuit.scores)
-    frame = discovery.node_attribution(model, pairs, steps=2).loc[list(circuit.graph.sources)]
+    frame = discovery.node_attribution(model, pairs, steps=2).source_frame().loc[list(circuit.graph.sources)]
     assert close(torch.tensor(frame["score"].to_numpy()), sums.double(), 1e-4)
     assert ((frame["low"] <= frame["score"] + 1e-6) & (frame["score"] <= frame["high"] + 1e-6)).all()
 
@@ -128,7 +128,8 @@ def test_every_method_recovers_a_planted_circuit(method: str) -> None:
     learned = method in ("subnetwork-probing", "edge-pruning", "uniform-gradient-sampling")
     options = {"steps": 30} if learned else {}
     circuit = discovery.attribute(model, pairs, method=method.replace("-", "_"), **options)
-    if not circuit.signed:  # sizes of what is written, or of whole components: others than the path's edges count too
+    of_sources = method in ("exact-nodes", "node-attribution")
+    if of_sources or not circuit.signed:  # of whole components, or sizes of what is written: others count too
         assert truth <= set(circuit.threshold(1e-6).edges)
         return
     assert set(circuit.threshold(1e-6).edges) == truth == set(circuit.top(3).edges)

@@ -51,8 +51,8 @@ ANALYSES: dict[str, Callable[..., Any]] = {
     "nodes": discovery.node_attribution,
     "exact nodes": discovery.exact_nodes,
     "patterns": discovery.attention_patterns,
-    "positions": lambda model, pairs, **o: discovery.activation_patching(model, pairs, "positions", **o),
-    "path": lambda model, pairs, **o: discovery.path_patching(model, pairs, ("embed", "a0.h1.v", "logits"), **o),
+    "positions": lambda model, pairs, **o: discovery.activation_patching(model, pairs, over="positions", **o),
+    "path": lambda model, pairs, **o: discovery.path_patching(model, pairs, path=("embed", "a0.h1.v", "logits"), **o),
     "faithfulness": lambda model, pairs, **o: discovery.faithfulness(model, eap(model, pairs), pairs, **o),
     "completeness": lambda model, pairs, **o: discovery.completeness(
         model, eap(model, pairs).top(5), pairs, n_random=1, greedy_steps=1, greedy_candidates=2, **o
@@ -118,9 +118,9 @@ def test_effects_that_are_all_zero_are_a_result_where_the_metric_can_change() ->
 
     path = ("embed", "a0.h1.v", "logits")
     assert not discovery.exact(model, pairs, is_the_corrupt_run).scores.any()
-    assert discovery.path_patching(model, pairs, path, is_the_corrupt_run).score == 0
+    assert discovery.path_patching(model, pairs, is_the_corrupt_run, path=path).score == 0
     with pytest.raises(BadInput, match="no ablation changes metric constant at all"):
-        discovery.path_patching(model, pairs, path, constant)
+        discovery.path_patching(model, pairs, constant, path=path)
 
 
 def test_half_precision_scores_are_near_the_full_ones() -> None:
@@ -134,7 +134,10 @@ METRICS: Mapping[str, tuple[Callable[..., Any], str]] = {
     "detached": (lambda logits, pairs: logits.detach()[:, 0], "does not depend on the logits"),
     "flat": (lambda logits, pairs: 0 * logits[:, 0], "zero gradient at the clean point: scores would all be zero"),
     "scalar": (lambda logits, pairs: logits.mean(), "expected one number for each of 4 pairs"),
-    "infinite": (lambda logits, pairs: (logits[:, 0] * 0).sqrt(), "not finite although its source is"),
+    "infinite": (
+        lambda logits, pairs: (logits[:, 0] * 0).sqrt(),
+        "not finite although every source is: check the metric",
+    ),
 }
 
 
@@ -154,12 +157,14 @@ def test_pairs_that_do_not_line_up_are_refused() -> None:
         ({"corrupt": pairs.clean}, "expected pairs that differ"),
         ({"position": pairs.position + 9}, "expected 0 to 3"),
         ({"wrong": pairs.wrong[:2]}, "pairs.wrong"),
+        ({"position": pairs.position.double()}, "pairs.position is of torch.float64: expected whole numbers"),
         ({n: getattr(pairs, n)[:0] for n in ("clean", "corrupt", "position", "correct", "wrong")}, "no pairs"),
     ):
         with pytest.raises(BadInput, match=message):
             eap(model, replace(pairs, **changes))
 
 
+@pytest.mark.untyped
 def test_other_bad_arguments_are_refused() -> None:
     model, pairs = build(), some_pairs()
     with pytest.raises(UnknownName, match="did you mean 'eap'"):
@@ -170,8 +175,15 @@ def test_other_bad_arguments_are_refused() -> None:
         discovery.ablated_metric(model, pairs, torch.ones(1, 3, dtype=torch.bool))
     with pytest.raises(BadInput, match="steps = 0"):
         eap_ig_inputs(model, pairs, steps=0)
+    with pytest.raises(BadInput, match=r"steps = 2\.5: expected a whole number"):
+        eap_ig_inputs(model, pairs, steps=2.5)
     with pytest.raises(BadInput, match="batch_size = 0"):
         eap(model, pairs, batch_size=0)
+    with pytest.raises(BadInput, match="ablation is a dict: expected one of corrupt, mean, zero"):
+        discovery.activation_patching(model, pairs, over="heads", ablation=discovery.optimal_constants(model, pairs))
+    with pytest.raises(BadInput, match="one pair, and resampling it changes nothing"):
+        discovery.stability(eap(model, some_pairs(1)), 3)
+    assert eap(model, some_pairs(1)).to_frame()["low"].isna().all()
 
 
 def test_a_weight_that_is_not_finite_is_named_by_its_source() -> None:
@@ -182,12 +194,21 @@ def test_a_weight_that_is_not_finite_is_named_by_its_source() -> None:
         eap(model, some_pairs())
 
 
+@pytest.mark.parametrize("method", [name for name in discovery.METHODS if name != "information-flow-routes"])
+def test_a_weight_of_the_unembedding_that_is_not_finite_is_not_blamed_on_the_rest(method: str) -> None:
+    model = build()
+    with torch.no_grad():
+        model.unembed.W_U[0, 0] = math.nan
+    with pytest.raises(BadInput, match=r"not finite.* check .*weights"):
+        discovery.attribute(model, some_pairs(), method=method, **few_steps(method))
+
+
 @pytest.mark.parametrize("analysis", ANALYSES)
 def test_what_edges_cannot_represent_is_refused_by_name(analysis: str) -> None:
     model, pairs = build(), some_pairs()
     with (
         model.hooks(fwd_hooks=[("blocks.0.hook_attn_out", lambda x, hook: x / x.norm(dim=-1, keepdim=True))]),
-        pytest.raises(UnsupportedModel, match=r"blocks\.1\.hook_resid_pre is not the sum of the sources"),
+        pytest.raises(UnsupportedModel, match=r"blocks\.0\.hook_mlp_in is not the sum of the sources"),
     ):
         ANALYSES[analysis](model, pairs)
     with (
@@ -195,6 +216,24 @@ def test_what_edges_cannot_represent_is_refused_by_name(analysis: str) -> None:
         pytest.raises(UnsupportedModel, match=r"blocks\.1\.attn\.hook_k is not the projection"),
     ):
         ANALYSES[analysis](model, pairs)
+    with (
+        model.hooks(fwd_hooks=[("blocks.0.hook_mlp_in", lambda x, hook: 2 * x + 1)]),
+        pytest.raises(UnsupportedModel, match=r"blocks\.0\.hook_mlp_in is not the sum of the sources"),
+    ):
+        ANALYSES[analysis](model, pairs)
+
+
+@pytest.mark.untyped
+def test_a_model_without_hooks_is_refused_with_the_way_to_get_them() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    bare = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=8)).eval()
+    for model in (bare, torch.nn.Linear(2, 2)):
+        for name in discovery.METHODS:
+            with pytest.raises(UnsupportedModel, match=r"has no TransformerLens hooks: .*boot_transformers"):
+                discovery.attribute(model, some_pairs(), method=name)
+        with pytest.raises(UnsupportedModel, match="has no TransformerLens hooks"):
+            discovery.attribute(model, some_pairs())
 
 
 def test_a_model_that_drops_activations_at_random_is_refused() -> None:
@@ -215,6 +254,12 @@ def test_numbers_of_knock_outs_are_counted(option: str) -> None:
 def test_an_option_of_another_method_is_named() -> None:
     with pytest.raises(BadInput, match="rules is no option of 'exact', the method for 61 edges"):
         discovery.attribute(build(), some_pairs(4), rules="gim")
+    with pytest.raises(
+        BadInput, match=r"neurons is no option of 'acdc': name a method that has it \(eap, eap-ig-inputs"
+    ):
+        discovery.attribute(build(), some_pairs(4), method="acdc", neurons=True)
+    with pytest.raises(BadInput, match=r"neuron is no option of 'eap': expected some of metric, rules"):
+        discovery.attribute(build(), some_pairs(4), method="eap", neuron=True)
 
 
 def test_hypotheses_on_a_metric_that_knows_no_logits_are_refused() -> None:

@@ -253,7 +253,7 @@ def test_the_figure_of_stability_has_every_edge_that_a_resample_found() -> None:
 
 def test_small_results_have_a_table() -> None:
     model, pairs = build(), some_pairs(6)
-    effect = discovery.path_patching(model, pairs, ("embed", "a0.h1.v", "logits"))
+    effect = discovery.path_patching(model, pairs, path=("embed", "a0.h1.v", "logits"))
     assert effect.to_frame()["effect"].mean() == pytest.approx(effect.score, abs=1e-6)
     assert "embed → a0.h1.v → logits" in effect._repr_html_() and "6 pairs" in effect._repr_html_()
     circuit = eap(model, pairs)

@@ -114,7 +114,7 @@ def test_edges_can_carry_given_constants() -> None:
 @shapes
 def test_a_model_that_cannot_be_taken_apart_is_run_whole(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, pairs = model_of(shape), some_pairs(3)
-    expected, nodes = exact(model, pairs), exact_nodes(model, pairs)
+    expected, nodes = exact(model, pairs), exact_nodes(model, pairs).source_frame()
 
     def refuse(*_: Any) -> None:
         raise UnsupportedModel("an odd part")
@@ -123,7 +123,7 @@ def test_a_model_that_cannot_be_taken_apart_is_run_whole(shape: str, monkeypatch
     whole = exact(model, pairs, batch_size=2)
     assert close(whole.scores, expected.scores, 1e-4)
     assert whole.details["whole_forwards_because"] == "an odd part"
-    slow = exact_nodes(model, pairs).loc[nodes.index]
+    slow = exact_nodes(model, pairs).source_frame().loc[nodes.index]
     assert close(torch.tensor(slow["score"].to_numpy()), torch.tensor(nodes["score"].to_numpy()), 1e-4)
 
 
@@ -169,7 +169,7 @@ def test_a_source_replaced_everywhere_equals_a_hook_on_its_output(shape: str) ->
     model, pairs = model_of(shape), some_pairs(3)
     sites = sites_of(model)
     corrupt = replacement(model, sites, pairs, "corrupt")
-    frame = exact_nodes(model, pairs)
+    frame = exact_nodes(model, pairs).source_frame()
     base = at_answers(model(pairs.clean), pairs).detach()
     checked = 0
     for name in sites.source_hooks:
@@ -197,8 +197,8 @@ def test_denoising_restores_one_edge_in_the_corrupt_run(shape: str) -> None:
     swapped = replace(pairs, clean=pairs.corrupt, corrupt=pairs.clean)
     got, expected = exact(model, pairs, denoising=True).per_example, -one_at_a_time(model, swapped).T
     assert got is not None and close(got, expected, 1e-4)
-    nodes = exact_nodes(model, pairs, denoising=True)["score"]
-    other = exact_nodes(model, swapped)["score"].loc[nodes.index]
+    nodes = exact_nodes(model, pairs, denoising=True).source_frame()["score"]
+    other = exact_nodes(model, swapped).source_frame()["score"].loc[nodes.index]
     assert close(torch.tensor(nodes.to_numpy()), -torch.tensor(other.to_numpy()), 1e-5)
     with pytest.raises(BadInput, match="denoising restores clean activations"):
         exact(model, pairs, denoising=True, ablation="mean")
@@ -217,7 +217,7 @@ def test_in_a_linear_network_edges_into_the_logits_add_up_to_the_total_effect() 
     assert close(circuit.per_example, discovery.eap(model, pairs).per_example, 1e-4)
     source, _ = circuit.graph.ends()
     sums = torch.zeros(len(circuit.graph.sources)).index_add(0, source, circuit.scores)
-    frame = exact_nodes(model, pairs).loc[list(circuit.graph.sources)]
+    frame = exact_nodes(model, pairs).source_frame().loc[list(circuit.graph.sources)]
     assert close(torch.tensor(frame["score"].to_numpy()), sums.double(), 1e-4)
     # What ablating an edge of the clean run takes away is what restoring it in the corrupt run brings back.
     assert close(exact(model, pairs, denoising=True).per_example, circuit.per_example, 1e-4)
@@ -257,6 +257,28 @@ def test_metrics_need_no_gradient_but_must_look_at_the_logits() -> None:
     assert got is not None and got.abs().max() >= 1 and torch.equal(got, got.round())
     with pytest.raises(BadInput, match="no ablation changes metric constant at all"):
         exact(model, pairs, lambda_named("constant"))
+
+
+def test_scores_of_sources_are_a_circuit_between_the_largest() -> None:
+    model, pairs = build(), some_pairs(5)
+    circuit = exact_nodes(model, pairs)
+    frame = circuit.source_frame()
+    assert circuit.per_example is not None and circuit.per_example.shape == (5, circuit.graph.n_edges)
+    chosen = set(frame.index[:4])
+    kept = circuit.threshold(float(circuit.scores.abs().unique(sorted=True)[-4])).pruned()
+    assert {source for source, _ in kept.edges} <= chosen and kept.n_kept
+    with pytest.raises(BadInput, match="exact scores each edge by itself"):
+        exact(model, pairs).source_frame()
+
+
+def test_the_constant_that_hurts_least_can_be_asked_for_by_name() -> None:
+    model, pairs = build(), some_pairs(5)
+    found = exact(model, pairs, ablation="optimal")
+    assert found.details["ablation"] == "optimal"
+    given = exact(model, pairs, ablation=discovery.optimal_constants(model, pairs))
+    assert torch.equal(found.scores, given.scores)
+    with pytest.raises(BadInput, match="expected neurons = False"):
+        exact(model, pairs, ablation="optimal", neurons=True)
 
 
 def lambda_named(name: str) -> Any:
@@ -316,7 +338,7 @@ def test_hooks_of_the_caller_on_a_bridge_are_left_alone(architecture: str) -> No
             lambda: discovery.mask_gradient(bridge, pairs),
             lambda: discovery.acdc(bridge, pairs, tau=0.5),
             lambda: discovery.edge_pruning(bridge, pairs, steps=2),
-            lambda: discovery.activation_patching(bridge, pairs, "heads"),
+            lambda: discovery.activation_patching(bridge, pairs, over="heads"),
             lambda: discovery.faithfulness(bridge, circuit, pairs, n_random=2),
         ):
             run()

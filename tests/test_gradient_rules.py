@@ -110,7 +110,7 @@ def test_rules_go_with_every_path(name: str) -> None:
     assert close(one.scores, eap(model, pairs, rules=name).scores, 1e-5)
     assert not close(one.scores, eap(model, pairs).scores, 1e-2)
     source, _ = one.graph.ends()
-    nodes = discovery.node_attribution(model, pairs, steps=1, rules=name).loc[list(one.graph.sources)]
+    nodes = discovery.node_attribution(model, pairs, steps=1, rules=name).source_frame().loc[list(one.graph.sources)]
     sums = torch.zeros(len(one.graph.sources)).index_add(0, source, one.scores)
     assert close(torch.tensor(nodes["score"].to_numpy()), sums.double(), 1e-4)
     assert not close(discovery.hisp(model, pairs, rules=name).scores, discovery.hisp(model, pairs).scores, 1e-2)

@@ -169,5 +169,5 @@ def test_exact_nodes_of_every_known_circuit(name: str) -> None:
         with pytest.raises(BadInput, match="no ablation changes metric"):
             discovery.exact_nodes(known.model, known.pairs)
         return
-    frame = discovery.exact_nodes(known.model, known.pairs)
+    frame = discovery.exact_nodes(known.model, known.pairs).source_frame()
     assert len(frame) == len(Graph.from_model(known.model).sources)

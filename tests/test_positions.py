@@ -68,6 +68,40 @@ def test_every_first_order_method_has_positions_and_they_are_kept_on_disk(tmp_pa
     assert Circuit.load(eap(model, pairs).save(tmp_path / "none")).by_position is None
 
 
+def test_a_position_has_a_circuit_of_its_own_with_intervals() -> None:
+    model, pairs = build(), some_pairs(6)
+    for circuit in (eap(model, pairs, by_position=True), exact(model, pairs, by_position=True)):
+        assert circuit.by_position is not None and circuit.per_position is not None
+        here = circuit.at_position(1)
+        assert close(here.scores, circuit.by_position[1], 1e-6) and here.details["position"] == 1
+        low, high = here.interval()
+        assert bool((low <= here.scores + 1e-6).all()) and bool((here.scores <= high + 1e-6).all())
+        assert here.top(5).n_kept == 5 and here.by_position is None
+        assert circuit.merged().by_position is not None
+        assert close(circuit.merged().at_position(2).scores, circuit.at_position(2).merged().scores, 1e-5)
+    for position in (-1, 4):
+        with pytest.raises(BadInput, match=f"position = {position}: expected 0 to 3"):
+            circuit.at_position(position)
+    with pytest.raises(BadInput, match="no scores by position"):
+        eap(model, pairs).at_position(0)
+
+
+def test_the_largest_edges_at_single_positions_are_a_set_that_can_be_ablated() -> None:
+    model, pairs = build(), some_pairs(6)
+    circuit = exact(model, pairs, by_position=True)
+    assert circuit.by_position is not None
+    kept = circuit.top_by_position(7)
+    assert int(kept.sum()) == 7 and float(circuit.by_position.abs()[kept].min()) >= float(
+        circuit.by_position.abs()[~kept].max()
+    )
+    # leaving out the one largest edge at its position has the effect that patching found
+    best = circuit.top_by_position(1)
+    metric = discovery.ablated_metric(model, pairs, torch.stack([~best, torch.ones_like(best)]))
+    assert float((metric[0] - metric[1]).mean()) == pytest.approx(float(circuit.by_position[best]), rel=1e-3)
+    with pytest.raises(BadInput, match="n = 999999"):
+        circuit.top_by_position(999_999)
+
+
 def test_positions_are_drawn() -> None:
     circuit = eap(build(), some_pairs(), by_position=True).top(30)
     figure = circuit.positions_figure(top=12)

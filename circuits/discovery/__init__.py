@@ -35,7 +35,7 @@ from circuits.discovery.mask_gradient import mask_gradient
 from circuits.discovery.mask_ig import mask_ig
 from circuits.discovery.metrics import kl_divergence, log_probability, logit_difference, squared_error
 from circuits.discovery.mib import load_mib, save_mib
-from circuits.discovery.nodes import node_attribution
+from circuits.discovery.node_attribution import node_attribution
 from circuits.discovery.optimal_ablation import optimal_constants
 from circuits.discovery.path_patching import PathEffect, path_patching
 from circuits.discovery.random_circuits import random_circuits
@@ -114,6 +114,8 @@ METHODS: Mapping[str, Callable[..., Circuit]] = {
     "information-flow-routes": information_flow_routes,
     "hisp": hisp,
     "exact": exact,
+    "exact-nodes": exact_nodes,
+    "node-attribution": node_attribution,
     "acdc": acdc,
     "subnetwork-probing": subnetwork_probing,
     "edge-pruning": edge_pruning,
@@ -122,8 +124,6 @@ METHODS: Mapping[str, Callable[..., Circuit]] = {
 
 
 ANALYSES: Mapping[str, Callable[..., Any]] = {
-    "exact-nodes": exact_nodes,
-    "node-attribution": node_attribution,
     "activation-patching": activation_patching,
     "path-patching": path_patching,
     "attention-patterns": attention_patterns,
@@ -156,19 +156,23 @@ def attribute(model: HookedModel, pairs: Pairs, *, method: str | None = None, **
         options: Passed on.
 
     Raises:
-        BadInput: no method is named, and the one that is chosen has no such option.
+        BadInput: the method has no such option.
         UnknownName: no such method.
     """
     if method is None:
         n_edges = Graph.from_model(model, neurons=bool(options.get("neurons"))).n_edges
         method = "exact" if n_edges <= EXACT_UP_TO else "eap-ig-inputs"
-        known = inspect.signature(METHODS[method]).parameters
-        if unknown := [option for option in options if option not in known]:
-            raise BadInput(
-                f"{unknown[0]} is no option of {method!r}, the method for {n_edges} edges if none is named: name one "
-                "that has it"
-            )
+        chosen = f", the method for {n_edges} edges if none is named"
+    else:
+        chosen = ""
     name = method.replace("_", "-")
     if name not in METHODS:
         raise UnknownName("discovery method", method, METHODS)
+    known = inspect.signature(METHODS[name]).parameters
+    if unknown := [option for option in options if option not in known]:
+        able = ", ".join(other for other in METHODS if unknown[0] in inspect.signature(METHODS[other]).parameters)
+        raise BadInput(
+            f"{unknown[0]} is no option of {name!r}{chosen}: "
+            + (f"name a method that has it ({able})" if able else f"expected some of {', '.join(list(known)[2:])}")
+        )
     return METHODS[name](model, pairs, **options)

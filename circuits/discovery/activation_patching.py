@@ -20,7 +20,7 @@ from circuits.discovery.exact import check_effects, check_finite
 from circuits.discovery.memory import pairs_at_a_time
 from circuits.discovery.metrics import Metric, logit_difference, name_of
 from circuits.discovery.patching import Patching
-from circuits.errors import UnknownName, UnsupportedModel
+from circuits.errors import BadInput, UnknownName, UnsupportedModel
 from circuits.model import HookedModel, module_of
 from circuits.tasks.base import Pairs
 
@@ -85,9 +85,9 @@ class ActivationPatching:
 def activation_patching(
     model: HookedModel,
     pairs: Pairs,
-    over: str,
     metric: Metric = logit_difference,
     *,
+    over: str,
     ablation: str = "corrupt",
     denoising: bool = False,
     memory_budget: int | None = None,
@@ -103,8 +103,8 @@ def activation_patching(
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
         pairs: Clean and corrupt inputs.
-        over: A key of ``SWEEPS``.
         metric: One number per pair from the logits at its position; ``logit_difference`` unless given.
+        over: ``positions``, ``heads`` or ``neurons``.
         ablation: What is put in place: ``corrupt``, the activation on the corrupt input; ``mean``, that over the clean
             inputs; ``zero``, nothing. Of a stream, this is said of everything written there but the biases.
         denoising: Restore the place in the corrupt run instead: m(corrupt run) - m(corrupt run with the place from the
@@ -128,12 +128,14 @@ def activation_patching(
 
     Raises:
         UnknownName: no such sweep, or no such ablation.
-        BadInput: the pairs do not line up, the budget does not hold one pair, or the metric does not depend on the
-            logits.
+        BadInput: the pairs do not line up, the ablation is no name, the budget does not hold one pair, or the metric
+            does not depend on the logits.
         UnsupportedModel: the model cannot be taken apart into blocks, or its neurons do not add up to its MLPs.
     """
     if over not in SWEEPS:
         raise UnknownName("sweep", over, SWEEPS)
+    if not isinstance(ablation, str):
+        raise BadInput(f"ablation is a {type(ablation).__name__}: expected one of {', '.join(ABLATIONS)}, by name")
     if ablation not in ABLATIONS:
         raise UnknownName("ablation", ablation, ABLATIONS)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from circuits.discovery.circuit import Circuit
 from circuits.discovery.edge_products import Product, edge_product, product_by_position
 from circuits.discovery.gradient_rules import GradientRules, ruled_sites, rules_details, rules_of
 from circuits.discovery.memory import pairs_at_a_time
-from circuits.discovery.metrics import Metric, check_pairs, is_distance, is_flat, name_of, select, zero_gradient
+from circuits.discovery.metrics import Metric, beside, check_pairs, is_distance, is_flat, name_of, select, zero_gradient
 from circuits.discovery.sites import Sites, check_exact, sites_of
 from circuits.errors import BadInput
 from circuits.model import HookedModel
@@ -39,8 +39,8 @@ def integration_points(steps: int) -> list[float]:
     Raises:
         BadInput: ``steps`` is less than 1.
     """
-    if steps < 1:
-        raise BadInput(f"steps = {steps}: expected at least 1")
+    if not isinstance(steps, int) or steps < 1:
+        raise BadInput(f"steps = {steps}: expected a whole number of at least 1")
     return [k / steps for k in range(1, steps + 1)]
 
 
@@ -106,7 +106,7 @@ def edge_circuit(
         signed=not is_distance(metric),
         details={"pairs": len(pairs), "changed": pairs.changed, **(details or {})} | rules_details(rules),
     )
-    return replace(circuit, by_position=places.mean(0)) if by_position else circuit
+    return replace(circuit, per_position=places) if by_position else circuit
 
 
 def source_effects(
@@ -180,7 +180,7 @@ def effects_of(
         UnsupportedModel: the model has a part that edges cannot represent, or that a rule cannot.
     """
     check_pairs(pairs)
-    pairs, ruled = pairs.to(model.cfg.device), rules_of(rules)
+    pairs, ruled = beside(model, pairs), rules_of(rules)
     sites = ruled_sites(sites, ruled)
     run = _Run(model, sites, metric, plan, tuple(at), names, tuple(also), ruled)
     kept = 4 * len(pairs) * len(names)
@@ -338,4 +338,7 @@ def _not_finite(
         if not bool(torch.isfinite(difference).all()):
             return f"the output of source {name} is not finite: check the model's weights"
     first = int((~torch.isfinite(effects).all(0)).nonzero()[0])
-    return f"the score of {names[first]} is not finite although its source is: check the metric's gradient"
+    return (
+        f"the score of {names[first]} is not finite although every source is: check the metric, and the weights behind "
+        f"its reader, the unembedding's among them"
+    )

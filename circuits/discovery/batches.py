@@ -13,7 +13,8 @@ from circuits.discovery.ablate import ablated_logits, name_of_ablation, shared_r
 from circuits.discovery.activations import check_model, source_differences, source_values, values_at
 from circuits.discovery.blocks import Blocks, blocks_of
 from circuits.discovery.memory import pairs_at_a_time
-from circuits.discovery.metrics import Metric, check_pairs, measure, measure_at_answers
+from circuits.discovery.metrics import Metric, beside, check_pairs, measure, measure_at_answers
+from circuits.discovery.optimal_ablation import optimal_constants
 from circuits.discovery.patching import Advance, Patching
 from circuits.discovery.sites import Sites, sites_of
 from circuits.errors import BadInput, UnsupportedModel
@@ -88,13 +89,17 @@ def setting_of(
         UnsupportedModel: the model has a part that edges cannot represent.
     """
     check_pairs(pairs)
+    if isinstance(ablation, str) and ablation == "optimal" and not denoising:
+        if neurons:
+            raise BadInput("ablation = 'optimal' has constants of heads and whole MLPs: expected neurons = False")
+        ablation = optimal_constants(model, pairs, memory_budget=memory_budget)
     if batch_size is not None and batch_size < 1:
         raise BadInput(f"batch_size = {batch_size}: expected at least 1")
     if denoising and ablation != "corrupt":
         raise BadInput(
             f"denoising restores clean activations in the corrupt run: expected ablation = 'corrupt', not {ablation!r}"
         )
-    pairs = pairs.to(model.cfg.device)
+    pairs = beside(model, pairs)
     sites = sites_of(model, neurons=neurons)
     check_model(model, sites, pairs.clean)
     replaced: Mapping[str, Tensor] | None = None

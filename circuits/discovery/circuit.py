@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +44,9 @@ class Circuit:
     details: Mapping[str, Any] = field(default_factory=dict)
     signed: bool = True
     """Whether a score's sign says which way the metric goes; without, every ranking goes by size."""
-    by_position: Float[Tensor, "pos edge"] | None = None
-    """The same of each token position by itself, where it was asked for: the source's output and the reader's input
-    at that position."""
+    per_position: Float[Tensor, "pair pos edge"] | None = None
+    """The effect at each token position by itself, where it was asked for: of the source's output and the reader's
+    input at that position. ``at_position`` makes a circuit of it."""
 
     def __post_init__(self) -> None:
         for name in ("scores", "kept"):
@@ -59,9 +59,9 @@ class Circuit:
         if self.per_example is not None and self.per_example.shape[1:] != self.scores.shape:
             shape = tuple(self.per_example.shape)
             raise BadInput(f"per_example has shape {shape}: expected [pair, {self.graph.n_edges}]")
-        if self.by_position is not None and self.by_position.shape[1:] != self.scores.shape:
+        if self.per_position is not None and self.per_position.shape[2:] != self.scores.shape:
             raise BadInput(
-                f"by_position has shape {tuple(self.by_position.shape)}: expected [position, {self.graph.n_edges}]"
+                f"per_position has shape {tuple(self.per_position.shape)}: expected [pair, pos, {self.graph.n_edges}]"
             )
 
     @staticmethod
@@ -79,6 +79,11 @@ class Circuit:
         return Circuit(
             graph, scores, torch.ones_like(scores, dtype=torch.bool), method, metric, effects, details, signed
         )
+
+    @property
+    def by_position(self) -> Float[Tensor, "pos edge"] | None:
+        """The mean effect at each token position, where it was asked for."""
+        return None if self.per_position is None else self.per_position.mean(0)
 
     @property
     def n_kept(self) -> int:
@@ -110,6 +115,37 @@ class Circuit:
         kept = torch.zeros_like(self.kept)
         kept[self.ranking(absolute=absolute)[:n]] = True
         return replace(self, kept=kept)
+
+    def at_position(self, position: int) -> Circuit:
+        """Return the circuit whose scores, and scores per pair, are those at one token position.
+
+        Raises:
+            BadInput: the method was not asked for scores by position, or has none at this one.
+        """
+        per_position = self._by_position_of()
+        if not 0 <= position < per_position.shape[1]:
+            raise BadInput(f"position = {position}: expected 0 to {per_position.shape[1] - 1}")
+        here = per_position[:, position]
+        details = {**self.details, "position": position}
+        return replace(self, scores=here.mean(0), per_example=here, per_position=None, details=details)
+
+    def top_by_position(self, n: int) -> Bool[Tensor, "pos edge"]:
+        """Return the ``n`` largest edges at single token positions, as ``ablated_metric`` takes them.
+
+        Raises:
+            BadInput: the method was not asked for scores by position, or there are not so many.
+        """
+        sizes = self._by_position_of().mean(0).abs()
+        if not 0 <= n <= sizes.numel():
+            raise BadInput(f"n = {n}: expected 0 to {sizes.numel()}, the edges times the positions")
+        kept = torch.zeros(sizes.numel(), dtype=torch.bool, device=sizes.device)
+        kept[sizes.flatten().argsort(descending=True, stable=True)[:n]] = True
+        return kept.view(sizes.shape)
+
+    def _by_position_of(self) -> Float[Tensor, "pair pos edge"]:
+        if self.per_position is None:
+            raise BadInput(f"{self.method} kept no scores by position: ask for them with by_position=True")
+        return self.per_position
 
     def threshold(self, at_least: float) -> Circuit:
         """Return the circuit that keeps the edges whose score is at least this large in size."""
@@ -150,14 +186,8 @@ class Circuit:
         scores that are not ``signed``, the largest of them, of every pair where each has its own); it is kept if one of
         them is.
         """
-        graph = self.graph.merged()
-        names = dict(zip(self.graph.readers, self.graph.feeds, strict=True))
-        pairs = [
-            (i, graph.index(component(source), target))
-            for i, (source, reader) in enumerate(self.graph.edges)
-            for target in dict.fromkeys(component(self.graph.sources[u]) for u in names[reader]) or [reader]
-        ]
-        part, whole = torch.tensor(pairs, device=self.scores.device).T
+        graph, *ends = self.graph.merging()
+        part, whole = (end.to(self.scores.device) for end in ends)
         zeros = self.scores.new_zeros(graph.n_edges)
 
         def joined(values: Float[Tensor, "*pair edge"]) -> Float[Tensor, "*pair merged"]:
@@ -166,10 +196,12 @@ class Circuit:
                 return empty.index_add(-1, whole, values[..., part])
             return empty.scatter_reduce(-1, whole.expand(*values.shape[:-1], -1), values[..., part], "amax")
 
-        per_example = None if self.per_example is None else joined(self.per_example)
+        per_example, per_position = (
+            None if values is None else joined(values) for values in (self.per_example, self.per_position)
+        )
         scores = joined(self.scores) if self.signed or per_example is None else per_example.mean(0)
         kept = zeros.index_add(0, whole, self.kept[part].to(zeros)) > 0
-        return replace(self, graph=graph, scores=scores, kept=kept, per_example=per_example, by_position=None)
+        return replace(self, graph=graph, scores=scores, kept=kept, per_example=per_example, per_position=per_position)
 
     def interval(
         self, *, level: float = 0.95, seed: int = 0, resamples: int = 1000
@@ -198,6 +230,28 @@ class Circuit:
             columns |= {"low": low[order].tolist(), "high": high[order].tolist()}
         return pd.DataFrame(columns | {"kept": self.kept[order].tolist()}, index=pd.Index(order, name="edge"))
 
+    def source_frame(self) -> pd.DataFrame:
+        """Return one row per source, of a method that scores sources and not edges: ``score``, ``low``, ``high``.
+
+        The largest comes first; the interval is the 95 % bootstrap interval over pairs; the index is the source.
+
+        Raises:
+            BadInput: edges of one source have scores of their own.
+        """
+        import pandas as pd
+
+        source, _ = self.graph.ends(self.scores.device)
+        first = torch.stack([(source == u).nonzero()[0, 0] for u in range(len(self.graph.sources))])
+        # means of equal columns may differ in their last bit
+        if not torch.allclose(self.scores[first][source], self.scores, rtol=1e-5, atol=0):
+            raise BadInput(f"{self.method} scores each edge by itself: to_frame() has them; exact_nodes scores sources")
+        columns: dict[str, Any] = {"score": self.scores[first].tolist()}
+        if self.per_example is not None:
+            low, high = mean_interval(self.per_example[:, first])
+            columns |= {"low": low.tolist(), "high": high.tolist()}
+        frame = pd.DataFrame(columns, index=pd.Index(self.graph.sources, name="source"))
+        return frame.sort_values("score", key=abs, ascending=False, kind="stable")
+
     def to_networkx(self) -> nx.MultiDiGraph:
         """Return the kept edges between components; every edge has its ``writer``, ``reader`` and ``score``."""
         import networkx as nx
@@ -225,13 +279,12 @@ class Circuit:
         """
         from circuits.discovery.figures import draw_map
 
-        if self.by_position is None:
-            raise BadInput(f"{self.method} kept no scores by position: ask for them with by_position=True")
-        largest = self.by_position.abs().amax(0) * self.kept
+        by_position = self._by_position_of().mean(0)
+        largest = by_position.abs().amax(0) * self.kept
         order = largest.argsort(descending=True, stable=True)[:top]
         order = order[largest[order] > 0].flip(0)
         return draw_map(
-            self.by_position[:, order].T.tolist(),
+            by_position[:, order].T.tolist(),
             title=f"The {len(order)} largest edges by token position",
             subtitle=f"{self.method}, {self.metric}",
             x="position",
@@ -262,7 +315,7 @@ class Circuit:
         directory = make_directory(directory)
         tensors = {"scores": self.scores, "kept": self.kept}
         tensors |= {
-            name: tensor for name in ("per_example", "by_position") if (tensor := getattr(self, name)) is not None
+            name: tensor for name in ("per_example", "per_position") if (tensor := getattr(self, name)) is not None
         }
         data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
         fields = {name: getattr(self, name) for name in ("graph", "method", "metric", "details", "signed")}
@@ -315,6 +368,8 @@ def mean_interval(
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
 
+    Fails when: there is one pair, which resampled is itself: the ends are then not numbers.
+
     Raises:
         BadInput: ``level`` is not between 0 and 1, or ``resamples`` is less than 1.
     """
@@ -322,6 +377,8 @@ def mean_interval(
         raise BadInput(f"level = {level}: expected a share between 0 and 1, such as 0.95")
     if resamples < 1:
         raise BadInput(f"resamples = {resamples}: expected at least 1")
+    if len(values) == 1:
+        return torch.full_like(values[0], torch.nan), torch.full_like(values[0], torch.nan)
     counts = torch.from_numpy(resampling_counts(len(values), seed=seed, resamples=resamples))
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2]).to(values)
     # columns in groups: torch.quantile takes at most 16 million numbers

@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits._stats import resampling_counts
 from circuits.discovery.circuit import Circuit
-from circuits.discovery.graph import component
 from circuits.discovery.memory import BUDGET
 from circuits.errors import BadInput
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+Groups = tuple[int, Int[Tensor, " part"], Int[Tensor, " part"]]
+"""How many merged edges there are, and edges each with the merged edge that it is part of."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ def edge_accuracy(
     is_true = circuit.graph.mask(truth)
     if not 0 < int(is_true.sum()) < circuit.graph.n_edges:
         raise BadInput(f"{int(is_true.sum())} of {circuit.graph.n_edges} edges are true: expected some but not all")
-    groups = _groups(circuit) if components else torch.arange(circuit.graph.n_edges)
+    merged, part, whole = circuit.graph.merging() if components else (circuit.graph, None, None)
+    groups = None if part is None or whole is None else (merged.n_edges, part, whole)
     truth_of = np.asarray(_merge(is_true.double()[None], groups)[0]) > 0
     if truth_of.all():
         raise BadInput("with components merged every edge is true: expected some that are not")
@@ -146,19 +150,12 @@ def areas(
     return below / (n_true * n_other), (among_true / among_all).mean(1)
 
 
-def _groups(circuit: Circuit) -> Tensor:
-    """The number of each edge's pair of components, where q, k and v of a head, and an MLP's neurons, are one."""
-    names: dict[tuple[str, str], int] = {}
-    merged = (
-        (component(source), reader.rsplit(".", 1)[0] if reader[-2:] in (".q", ".k", ".v") else reader)
-        for source, reader in circuit.graph.edges
-    )
-    return torch.tensor([names.setdefault(pair, len(names)) for pair in merged])
-
-
-def _merge(values: Float[Tensor, "row edge"], groups: Tensor) -> Float[Tensor, "row group"]:
-    out = values.new_zeros(len(values), int(groups.max()) + 1)
-    return out.scatter_reduce_(1, groups.expand(len(values), -1), values, "amax")
+def _merge(values: Float[Tensor, "row edge"], groups: Groups | None) -> Float[Tensor, "row group"]:
+    if groups is None:
+        return values
+    n, part, whole = groups
+    out = values.new_zeros(len(values), n)
+    return out.scatter_reduce_(1, whole.expand(len(values), -1), values[:, part], "amax")
 
 
 def _span(values: np.ndarray) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from circuits.discovery.attribution import pair_slices
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.metrics import (
     Metric,
+    beside,
     check_pairs,
     is_distance,
     is_flat,
@@ -62,7 +63,7 @@ def mask_circuit(
         UnsupportedModel: the model has a part that edges cannot represent.
     """
     check_pairs(pairs)
-    pairs = pairs.to(model.cfg.device)
+    pairs = beside(model, pairs)
     sites = sites_of(model)
     check_model(model, sites, pairs.clean)
     shared = shared_replacement(model, sites, pairs, ablation, memory_budget=memory_budget, batch_size=batch_size)
@@ -89,8 +90,8 @@ def mask_circuit(
     for chosen in tqdm(slices, desc=method, unit="batch", disable=not progress or len(slices) == 1):
         part, at_flat_points = effects(chosen)
         if not bool(torch.isfinite(part).all()):
-            edge = sites.graph.edges[int((~torch.isfinite(part).all(0)).nonzero()[0])]
-            raise BadInput(f"the score of edge {edge[0]} -> {edge[1]} is not finite: check the model's weights")
+            edge = " -> ".join(sites.graph.edges[int((~torch.isfinite(part).all(0)).nonzero()[0])])
+            raise BadInput(f"the score of edge {edge} is not finite: check the model's weights and the metric")
         found = part.new_empty(len(pairs), sites.graph.n_edges) if found is None else found
         found[chosen], flat = part, flat and at_flat_points
     assert found is not None  # there are pairs

@@ -12,7 +12,7 @@ from circuits.discovery.ablate import name_of_ablation
 from circuits.discovery.activations import outside_inference_mode
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.learned_masks import check_rates, fit, hard_concrete, kept_probability
-from circuits.discovery.metrics import Metric, name_of
+from circuits.discovery.metrics import Metric, beside, name_of
 from circuits.discovery.sites import sites_of
 from circuits.errors import BadInput
 from circuits.model import HookedModel
@@ -81,7 +81,7 @@ def edge_pruning(
     if mask_samples < 1:
         raise BadInput(f"mask_samples = {mask_samples}: expected at least 1")
     check_rates(learning_rate=learning_rate, multiplier_rate=multiplier_rate)
-    pairs = pairs.to(model.cfg.device)
+    pairs = beside(model, pairs)
     sites = sites_of(model)
     log_alpha = torch.full((sites.graph.n_edges,), 2.0, device=pairs.clean.device, requires_grad=True)
     multipliers = torch.zeros(2, device=pairs.clean.device, requires_grad=True)

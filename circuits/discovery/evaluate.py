@@ -18,7 +18,7 @@ from circuits.discovery.circuit import Circuit
 from circuits.discovery.curves import Curve, Faithfulness, summarise
 from circuits.discovery.graph import Graph
 from circuits.discovery.memory import pairs_at_a_time
-from circuits.discovery.metrics import Metric, check_pairs, logit_difference, measure, name_of, select
+from circuits.discovery.metrics import Metric, beside, check_pairs, logit_difference, measure, name_of, select
 from circuits.discovery.nested import nested_metric
 from circuits.discovery.random_circuits import random_sizes
 from circuits.discovery.sites import Sites, sites_of
@@ -80,7 +80,7 @@ def ablated_metric(
         UnsupportedModel: the model has a part that edges cannot represent.
     """
     check_pairs(pairs)
-    pairs = pairs.to(model.cfg.device)
+    pairs = beside(model, pairs)
     sites = sites_of(model, neurons=neurons)
     check_model(model, sites, pairs.clean)
     budgets = {"memory_budget": memory_budget, "batch_size": batch_size}

@@ -46,7 +46,8 @@ def exact(
         pairs: Clean and corrupt inputs.
         metric: One number per pair from the logits at its position; ``logit_difference`` unless given.
         ablation: What the ablated edge carries: ``corrupt``: its source's output on the corrupt input; ``mean``: its
-            mean over the clean inputs, position by position; ``zero``: nothing; or constants of your own, by hook name.
+            mean over the clean inputs, position by position; ``zero``: nothing; ``optimal``: the constant that hurts
+            least, found first by ``optimal_constants``; or constants of your own, by hook name.
         denoising: Restore the edge in the corrupt run instead: the score is then m(corrupt run) - m(corrupt run with
             that edge from the clean run), negative where restoring helps. Such scores are near zero in deep models,
             where an answer needs a whole path of clean edges and one alone restores nothing; what a single edge is
@@ -107,8 +108,8 @@ def exact(
     )
     if not by_position:
         return circuit
-    means = torch.stack([one.mean(0) for one in alone])
-    return replace(circuit, by_position=-means if denoising else means)
+    per_position = torch.stack(alone, 1)
+    return replace(circuit, per_position=-per_position if denoising else per_position)
 
 
 def _effects(
@@ -134,7 +135,8 @@ def _effects(
         batches = patchings(
             setting,
             lambda patching: (_at(patching, places[-1]).rehearse(), torch.empty(n_edges, len(patching.base))),
-            kept=4 * len(places) * len(setting.pairs) * n_edges,
+            # by position, they are put together at the end
+            kept=4 * len(places) * len(setting.pairs) * n_edges * (1 if len(places) == 1 else 2),
             memory_budget=memory_budget,
             batch_size=batch_size,
         )

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from tqdm.auto import tqdm
 
 from circuits.discovery.batches import Ablation, patchings, setting_of, whole_effects
-from circuits.discovery.circuit import mean_interval
+from circuits.discovery.circuit import Circuit
 from circuits.discovery.exact import check_effects, check_finite
-from circuits.discovery.metrics import Metric, logit_difference
+from circuits.discovery.metrics import Metric, is_distance, logit_difference, name_of
 from circuits.discovery.patching import Patching
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def exact_nodes(
@@ -28,13 +23,13 @@ def exact_nodes(
     denoising: bool = False,
     memory_budget: int | None = None,
     batch_size: int | None = None,
-    seed: int = 0,
     progress: bool = False,
-) -> pd.DataFrame:
-    """Return each source's exact effect with its 95 % interval over pairs, the largest first.
+) -> Circuit:
+    """Return every source's exact effect on the metric, as the score of each edge that leaves it.
 
     The score of source u is m(the model in which u writes its replacement) - m(the model as it is): all edges that
-    leave u are ablated together.
+    leave u are ablated together. ``Circuit.source_frame`` has one row per source; ``threshold(...)`` and then
+    ``pruned()`` keep the edges between the sources whose score is as large.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -46,13 +41,13 @@ def exact_nodes(
         memory_budget: Bytes that the computation may take beside the model, its result included, from which the
             batches follow by what a few pairs are measured to take; None: 512 MB beside the result.
         batch_size: Pairs at a time, at most.
-        seed: Of the bootstrap.
         progress: Whether to show a bar.
 
     Cost: two forwards, and for each source what lies behind it: half a forward on average. No backward.
 
     Conventions: the source is ablated in the clean run (noising) unless ``denoising`` is asked for. Below zero the
-        source supports the answer under ``logit_difference``.
+        source supports the answer under ``logit_difference``. All edges of a source have its score, and its scores per
+        pair.
 
     Source: Vig et al. 2020, arXiv 2004.12265, and Meng et al. 2022, arXiv 2202.05262 (patching of activations).
 
@@ -65,8 +60,6 @@ def exact_nodes(
         UnknownName: no such ablation.
         UnsupportedModel: the model has a part that edges cannot represent.
     """
-    import pandas as pd
-
     with torch.no_grad():
         setting = setting_of(
             model,
@@ -90,7 +83,7 @@ def exact_nodes(
                 batches = patchings(
                     setting,
                     Patching.rehearse,
-                    kept=4 * len(pairs) * len(graph.sources),
+                    kept=4 * len(pairs) * (len(graph.sources) + graph.n_edges),
                     memory_budget=memory_budget,
                     batch_size=batch_size,
                 )
@@ -100,7 +93,11 @@ def exact_nodes(
     check_finite(setting, effects)
     check_effects(setting, effects)
     effects = -effects if denoising else effects
-    low, high = mean_interval(effects, seed=seed)
-    columns = {"score": effects.mean(0).tolist(), "low": low.tolist(), "high": high.tolist()}
-    frame = pd.DataFrame(columns, index=pd.Index(graph.sources, name="source"))
-    return frame.sort_values("score", key=abs, ascending=False, kind="stable")
+    return Circuit.of_effects(
+        graph,
+        effects[:, graph.ends(device)[0]],
+        method="exact-nodes",
+        metric=name_of(metric),
+        details=setting.details(ablation),
+        signed=not is_distance(metric),
+    )

@@ -14,6 +14,19 @@ from circuits.errors import BadInput, UnknownName, UnsupportedModel
 from circuits.model import HookedModel
 
 
+def check_hooked(model: object) -> None:
+    """Check that a model has TransformerLens hooks.
+
+    Raises:
+        UnsupportedModel: it has not; the message says how to get them.
+    """
+    if not hasattr(model, "cfg") or not hasattr(model, "hook_dict"):
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no TransformerLens hooks: expected a model of circuits.model, or a "
+            f"TransformerBridge, which TransformerBridge.boot_transformers makes of a model of Hugging Face"
+        )
+
+
 @dataclass(frozen=True)
 class Graph:
     """Sources, readers and the edges between them, both in the order in which a forward pass reaches them.
@@ -43,6 +56,7 @@ class Graph:
         Raises:
             UnsupportedModel: the config lacks a size that the graph needs.
         """
+        check_hooked(model)
         cfg = model.cfg
         neurons = neurons and not getattr(cfg, "attn_only", False)
         for name in ("n_layers", "n_heads", "d_mlp") if neurons else ("n_layers", "n_heads"):
@@ -118,10 +132,30 @@ class Graph:
         feeds = tuple((u,) for u in sorted(seen))
         return Graph(sources, (*readers, "logits"), (*visible, len(sources)), (*feeds, ()))
 
+    def merging(self) -> tuple[Graph, Int[Tensor, " part"], Int[Tensor, " part"]]:
+        """Return the merged graph, and edges of this one each with the number of the merged edge that it is part of.
+
+        An edge into a key or value that query heads share is part of an edge into each of these heads.
+        """
+        merged = self.merged()
+        targets = dict(zip(self.readers, self.feeds, strict=True))
+        pairs = [
+            (i, merged.index(component(source), target))
+            for i, (source, reader) in enumerate(self.edges)
+            for target in dict.fromkeys(component(self.sources[u]) for u in targets[reader]) or [reader]
+        ]
+        part, whole = torch.tensor(pairs).T
+        return merged, part, whole
+
     @property
     def has_neurons(self) -> bool:
         """Whether the neurons of MLPs are sources."""
         return any(component(source) != source for source in self.sources)
+
+    def is_parallel(self, layer: int) -> bool:
+        """Whether the MLP of a layer reads what its own block's attention reads, not what that writes."""
+        mlp, query = (self.readers.index(name) for name in (f"m{layer}", f"a{layer}.h0.q"))
+        return self.visible[mlp] == self.visible[query]
 
     @property
     def n_edges(self) -> int:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from circuits.discovery.activations import Store, check_model, head_outputs, source_values
 from circuits.discovery.attribution import pair_slices
 from circuits.discovery.circuit import Circuit
-from circuits.discovery.metrics import Metric, check_pairs, logit_difference, select
+from circuits.discovery.metrics import Metric, beside, check_pairs, logit_difference, select
 from circuits.discovery.sites import Sites, sites_of
 from circuits.errors import BadInput
 from circuits.model import HookedModel
@@ -57,7 +57,7 @@ def information_flow_routes(
         UnsupportedModel: the model has a part that edges cannot represent.
     """
     check_pairs(pairs)
-    pairs = pairs.to(model.cfg.device)
+    pairs = beside(model, pairs)
     sites = sites_of(model)
     check_model(model, sites, pairs.clean)
 
@@ -106,7 +106,7 @@ def _seen(sites: Sites, values: Store) -> Iterator[tuple[int, list[Tensor], Tens
         sources = [*sources, head_outputs(layer, values[layer.z])]
         bias = bias if layer.b_O is None else bias + layer.b_O
         if layer.mlp_out is not None:
-            parallel = sites.graph.visible[sites.graph.readers.index(f"m{i}")] == sum(map(len, before))
+            parallel = sites.graph.is_parallel(i)
             yield (1, before, bias_before) if parallel else (1, sources, bias)
             sources = [*sources, values[layer.mlp_out][None]]
     yield 1, sources, bias

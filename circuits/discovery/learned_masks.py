@@ -23,6 +23,9 @@ from circuits.tasks.base import Pairs
 Sample = Callable[[torch.Generator], Float[Tensor, "set edge"]]
 """Draws scales of every edge between ablated (0) and kept (1), differentiable in what is learned."""
 
+BUDGET_SHARE = 0.6
+"""Share of a budget that updates are planned with: their graphs, of many tensors of many sizes, leave more holes in the
+heap than what other methods take."""
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
 """Temperature and stretch of the hard-concrete distribution, the values of Louizos et al. 2018, section 4."""
 
@@ -80,8 +83,8 @@ def fit(
             whose gradients are added up. None: all at once.
 
     Raises:
-        BadInput: the pairs do not line up, ``steps`` or ``batch_size`` is less than 1, or the budget does not hold one
-            pair.
+        BadInput: the pairs do not line up, ``steps`` or ``batch_size`` is less than 1, the budget does not hold one
+            pair, or the loss is not finite before anything is learned.
         Diverged: the loss is not finite.
         UnsupportedModel: the model has a part that edges cannot represent.
     """
@@ -104,6 +107,9 @@ def fit(
             rows = torch.randperm(len(pairs), generator=generator, device=pairs.clean.device)[:batch_size]
             loss, gradients = batch.gradients(rows, sample(generator), size)
             losses.append(loss)
+            if step == 0 and not math.isfinite(loss):
+                what = f"the metric {name_of(metric)}" if metric else "the output"
+                raise BadInput(f"{what} of a masked model is not finite: check the metric and the model's weights")
             if not math.isfinite(losses[-1]):
                 raise Diverged(f"the loss is {losses[-1]} at step {step}: expected a finite one; lower learning_rate")
             _assign(parameters, gradients, penalty())
@@ -164,7 +170,7 @@ class _Batch:
             size = pairs_at_a_time(
                 lambda n: self.gradients(every[:n], keep, n),
                 size,
-                memory_budget=memory_budget,
+                memory_budget=int(BUDGET_SHARE * memory_budget),
                 kept=one.numel() * one.element_size() * len(every),
             )
         at_a_time = 256 if memory_budget is None else size

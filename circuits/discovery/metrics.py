@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits.discovery.graph import check_hooked
 from circuits.discovery.memory import pairs_at_a_time
 from circuits.errors import BadInput
 from circuits.model import HookedModel
@@ -124,7 +125,7 @@ def _clean_logits(
     model: HookedModel, pairs: Pairs, memory_budget: int | None, batch_size: int
 ) -> tuple[Float[Tensor, "row d_vocab_out"], dict[tuple[int, ...], int]]:
     check_pairs(pairs)
-    pairs = pairs.to(model.cfg.device)
+    pairs = beside(model, pairs)
     first: dict[tuple[int, ...], int] = {}
     for i, key in enumerate(_keys(pairs)):
         first.setdefault(key, i)
@@ -248,6 +249,8 @@ def check_pairs(pairs: Pairs) -> None:
     for name in ("position", "correct", "wrong"):
         if getattr(pairs, name).shape != (len(pairs),):
             raise BadInput(f"pairs.{name} has shape {tuple(getattr(pairs, name).shape)}: expected ({len(pairs)},)")
+        if getattr(pairs, name).is_floating_point() or getattr(pairs, name).dtype == torch.bool:
+            raise BadInput(f"pairs.{name} is of {getattr(pairs, name).dtype}: expected whole numbers")
     if torch.equal(pairs.clean, pairs.corrupt):
         raise BadInput("every corrupt input equals its clean one: expected pairs that differ")
     last = pairs.clean.shape[1] - 1
@@ -255,6 +258,16 @@ def check_pairs(pairs: Pairs) -> None:
         raise BadInput(
             f"pairs.position goes from {int(pairs.position.min())} to {int(pairs.position.max())}: expected 0 to {last}"
         )
+
+
+def beside(model: HookedModel, pairs: Pairs) -> Pairs:
+    """Return the pairs on the device of a model.
+
+    Raises:
+        UnsupportedModel: the model has no TransformerLens hooks.
+    """
+    check_hooked(model)
+    return pairs.to(model.cfg.device)
 
 
 def select(pairs: Pairs, rows: slice) -> Pairs:

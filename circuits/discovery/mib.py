@@ -48,7 +48,7 @@ def save_mib(circuit: Circuit, path: Path | str, *, d_model: int) -> Path:
     config = {
         "n_layers": 1 + max(layer for layer, _ in places),
         "n_heads": 1 + max(head for _, head in places),
-        "parallel_attn_mlp": _parallel(circuit.graph),
+        "parallel_attn_mlp": "m0" in circuit.graph.readers and circuit.graph.is_parallel(0),
         "d_model": d_model,
     }
     edges = {name: {"score": scores[i] / heads, "in_graph": kept[i]} for name, (i, heads) in names.items()}
@@ -126,8 +126,3 @@ def _names(graph: Graph) -> dict[str, tuple[int, int]]:
 def _node(name: str) -> str:
     head, _, kind = name.rpartition(".")
     return "input" if name == "embed" else head if kind in tuple("qkv") else name
-
-
-def _parallel(graph: Graph) -> bool:
-    """Whether a block's MLP does not see its own block's heads."""
-    return "m0" in graph.readers and ("a0.h0", "m0") not in graph.edges

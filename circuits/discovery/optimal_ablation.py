@@ -8,7 +8,7 @@ from torch import Tensor
 from circuits.discovery.ablate import shared_replacement
 from circuits.discovery.activations import outside_inference_mode
 from circuits.discovery.learned_masks import fit
-from circuits.discovery.metrics import Metric
+from circuits.discovery.metrics import Metric, beside
 from circuits.discovery.sites import Sites, sites_of
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
@@ -59,7 +59,7 @@ def optimal_constants(
         Diverged: the loss is not finite.
         UnsupportedModel: the model has a part that edges cannot represent.
     """
-    pairs = pairs.to(model.cfg.device)
+    pairs = beside(model, pairs)
     sites = sites_of(model)
     constants = starting_constants(model, sites, pairs, memory_budget=memory_budget)
     source, _ = sites.graph.ends(pairs.clean.device)

@@ -66,9 +66,9 @@ class PathEffect:
 def path_patching(
     model: HookedModel,
     pairs: Pairs,
-    path: Sequence[str],
     metric: Metric = logit_difference,
     *,
+    path: Sequence[str],
     ablation: Ablation = "corrupt",
     denoising: bool = False,
     memory_budget: int | None = None,
@@ -85,8 +85,8 @@ def path_patching(
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
         pairs: Clean and corrupt inputs.
-        path: A source, then one or more readers, heads or MLPs.
         metric: One number per pair from the logits at its position; ``logit_difference`` unless given.
+        path: A source, then one or more readers, heads or MLPs.
         ablation: What the path's first edge carries: see ``exact``.
         denoising: Restore the path in the corrupt run instead: m(corrupt run) - m(corrupt run with that path from the
             clean run), negative where restoring helps.

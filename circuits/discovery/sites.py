@@ -314,8 +314,12 @@ def check_exact(sites: Sites, store: Mapping[str, Tensor]) -> None:
             compare(values[name], expected, name, "the projection of the normalised stream")
         if layer.shares_norm and layer.mlp_in is not None:
             compare(values[layer.mlp_in], normed, layer.mlp_in, "the normalised stream that attention reads")
+        before = stream
         stream = stream + values[layer.z].flatten(2) @ layer.W_O.flatten(0, 1)
         stream = stream if layer.b_O is None else stream + layer.b_O
+        if layer.mlp_in is not None and not layer.shares_norm:
+            seen = before if sites.graph.is_parallel(i) else stream
+            compare(values[layer.mlp_in], seen, layer.mlp_in, "the sum of the sources before it")
         if layer.neurons is not None and layer.mlp_out is not None:
             written = values[layer.neurons.post] @ layer.neurons.W_out.to(stream.dtype)
             written = written if layer.neurons.b_out is None else written + layer.neurons.b_out

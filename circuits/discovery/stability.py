@@ -99,10 +99,13 @@ def stability(
     Fails when: the pairs are all alike, so that resampling them changes nothing that new pairs would.
 
     Raises:
-        BadInput: the method kept no scores per pair, or ``n_edges`` is not from 1 to the number of edges.
+        BadInput: the method kept no scores per pair or had one pair, or ``n_edges`` is not from 1 to the number of
+            edges.
     """
     if circuit.per_example is None:
         raise BadInput(f"{circuit.method} kept no scores per pair, so its stability cannot be told from one run")
+    if len(circuit.per_example) < 2:
+        raise BadInput("there is one pair, and resampling it changes nothing: expected at least 2")
     total = circuit.graph.n_edges
     if not 1 <= n_edges <= total:
         raise BadInput(f"n_edges = {n_edges}: expected 1 to {total} edges")

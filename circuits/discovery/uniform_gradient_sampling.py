@@ -12,7 +12,7 @@ from circuits.discovery.ablate import name_of_ablation
 from circuits.discovery.activations import outside_inference_mode
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.learned_masks import check_rates, fit
-from circuits.discovery.metrics import Metric, name_of
+from circuits.discovery.metrics import Metric, beside, name_of
 from circuits.discovery.optimal_ablation import starting_constants
 from circuits.discovery.sites import sites_of
 from circuits.errors import BadInput
@@ -84,7 +84,7 @@ def uniform_gradient_sampling(
     if mask_samples < 1:
         raise BadInput(f"mask_samples = {mask_samples}: expected at least 1")
     check_rates(learning_rate=learning_rate, constant_rate=constant_rate)
-    pairs = pairs.to(model.cfg.device)
+    pairs = beside(model, pairs)
     sites = sites_of(model)
     logit = torch.full((sites.graph.n_edges,), 2.0, device=pairs.clean.device, requires_grad=True)
     optimizers = [torch.optim.Adam([logit], lr=learning_rate)]

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from circuits.discovery.attribution import integration_points, source_effects
-from circuits.discovery.circuit import mean_interval
-from circuits.discovery.gradient_rules import GradientRules
-from circuits.discovery.metrics import Metric, logit_difference
+from circuits.discovery.circuit import Circuit
+from circuits.discovery.gradient_rules import GradientRules, rules_details
+from circuits.discovery.metrics import Metric, is_distance, logit_difference, name_of
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def node_attribution(
@@ -24,13 +19,13 @@ def node_attribution(
     rules: GradientRules | str | None = None,
     memory_budget: int | None = None,
     batch_size: int | None = None,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Return each source's score with its 95 % interval over pairs, the largest first.
+    progress: bool = False,
+) -> Circuit:
+    """Return every source's first-order effect, as the score of each edge that leaves it.
 
     The score of source u is (a_u on the corrupt run - a_u on the clean run) . dm/da_u, with the gradient averaged
     over the points of ``eap_ig_inputs`` (``steps=1`` takes it at the clean input alone). It equals the sum of the
-    scores of the edges that leave u.
+    scores that ``eap_ig_inputs`` gives to the edges that leave u. ``Circuit.source_frame`` has one row per source.
 
     Args:
         model: Ours or a ``TransformerBridge``, in eval mode; it is left as it is.
@@ -40,12 +35,12 @@ def node_attribution(
         rules: Where gradients depart from the chain rule: ``"gim"``, ``"relp"`` or ``GradientRules`` of one's own.
         memory_budget: Bytes that the computation may take beside the model, its result included; None: 512 MB.
         batch_size: Pairs at a time, at most.
-        seed: Of the bootstrap.
+        progress: Whether to show a bar.
 
     Cost: ``steps`` + 1 forwards and ``steps`` backwards.
 
     Conventions: the clean end of the path is included, the corrupt end is not. Below zero the source supports the
-        answer under ``logit_difference``.
+        answer under ``logit_difference``. All edges of a source have its score, and its scores per pair.
 
     Source: Syed, Rager and Conmy 2023, arXiv 2310.10348 (attribution patching of nodes, after Nanda);
         the path is that of Hanna et al. 2024, arXiv 2403.17806, section 3.
@@ -59,8 +54,6 @@ def node_attribution(
         UnknownName: no set of rules has this name.
         UnsupportedModel: the model has a part that edges cannot represent, or that a rule cannot.
     """
-    import pandas as pd
-
     sites, effects = source_effects(
         model,
         pairs,
@@ -69,8 +62,13 @@ def node_attribution(
         rules=rules,
         memory_budget=memory_budget,
         batch_size=batch_size,
+        progress=progress,
     )
-    low, high = mean_interval(effects, seed=seed)
-    columns = {"score": effects.mean(0).tolist(), "low": low.tolist(), "high": high.tolist()}
-    frame = pd.DataFrame(columns, index=pd.Index(sites.graph.sources, name="source"))
-    return frame.sort_values("score", key=abs, ascending=False, kind="stable")
+    return Circuit.of_effects(
+        sites.graph,
+        effects[:, sites.graph.ends(effects.device)[0]],
+        method="node-attribution",
+        metric=name_of(metric),
+        details={"pairs": len(pairs), "changed": pairs.changed, "steps": steps} | rules_details(rules),
+        signed=not is_distance(metric),
+    )

@@ -68,11 +68,11 @@ def test_as_many_pairs_are_taken_as_fit(fixed: int) -> None:
         tried.append(n)
         return torch.zeros(fixed + 100 * n)
 
-    for budget in (25_000, 100_000, 10**6):
+    for budget in (30_000, 100_000, 10**6):
         size = pairs_at_a_time(rehearse, 500, memory_budget=budget)
         assert peak_bytes(lambda size=size: rehearse(size)) <= 0.85 * budget  # type: ignore[misc]
-        if budget > 25_000 or not fixed:  # else one pair takes most of it
-            assert size >= min(500, 0.4 * (0.55 * budget / 4 - fixed) / 100)
+        if budget > 30_000 or not fixed:  # else one pair takes most of it
+            assert size >= min(500, 0.4 * (0.5 * budget / 4 - fixed) / 100)
     tried.clear()
     assert pairs_at_a_time(rehearse, 500, memory_budget=None, estimate=1000) == 500 and not tried
     assert pairs_at_a_time(rehearse, 500, memory_budget=None, batch_size=7) == 7
@@ -303,7 +303,7 @@ def resident() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="a process's memory is read from /proc")
 @pytest.mark.parametrize(
-    "call", with_repeats(("eap", "exact", "mask-gradient", "edge-pruning", "faithfulness"), {"eap"})
+    "call", with_repeats(("eap", "exact", "acdc", "mask-gradient", "edge-pruning", "faithfulness"), {"eap"})
 )
 def test_the_process_keeps_the_budget_too(call: str) -> None:
     """Not what tensors hold, as in the other tests, but what the operating system gave, by its default allocator."""

@@ -13,8 +13,9 @@ from circuits import discovery
 from circuits.discovery import METHODS, Circuit, Graph, ablated_metric, eap
 from circuits.discovery.ablate import ablated_logits, ablated_logits_by_pair, replacement
 from circuits.discovery.activations import gradients, values_at
-from circuits.discovery.edge_products import answer_positions, edge_product, gradients_by_layer, product_by_position
+from circuits.discovery.edge_products import RUNS, edge_product, product_by_position
 from circuits.discovery.metrics import measure
+from circuits.discovery.reader_gradients import ReaderGradients
 from circuits.discovery.sites import sites_of
 from circuits.errors import BadInput, UnknownName
 from circuits.tasks.base import Pairs
@@ -55,7 +56,9 @@ def test_what_is_left_out_of_the_products_is_zero(shape: str, together: bool) ->
     sites = sites_of(model)
     corrupt = values_at(model, sites.source_hooks, pairs.corrupt)
     values, grads, _ = gradients(model, sites, pairs.clean, pairs, discovery.logit_difference, at=sites.reader_hooks)
-    assert answer_positions(sites, grads) == (slice(2, 3) if together else slice(None))
+    gathered = ReaderGradients(sites)
+    gathered.add(values, grads)
+    assert gathered.at == (slice(2, 3) if together else slice(None))
     moved = dict(corrupt)
     if sites.pos_embed is not None:
         moved[sites.pos_embed] = corrupt[sites.pos_embed] + 1
@@ -66,11 +69,28 @@ def test_what_is_left_out_of_the_products_is_zero(shape: str, together: bool) ->
         from_positions = ~sites.graph.counted(positions=False)
         if sites.pos_embed is not None:
             assert bool(got[:, from_positions].any()) == (other is moved)
-    blocks = [g for g, _ in gradients_by_layer(sites, values, grads, answer_positions(sites, grads))]
+    blocks = [g for g, _ in gathered.by_layer()]
     assert sum(len(g) for g in blocks) == len(sites.graph.readers)
     small = sum(len(g) for g in blocks if g.shape[2] == 1)
     last = sites.layers[-1]
     assert small == (len(last.W[0]) + (last.mlp_in is not None) + 1 if together else 0)
+
+
+@shapes
+@pytest.mark.parametrize("n_runs", [2, RUNS, RUNS + 2])
+def test_gradients_added_up_over_runs_give_the_sum_of_the_products(shape: str, n_runs: int) -> None:
+    model, pairs = model_of(shape), some_pairs(3)
+    sites = sites_of(model)
+    corrupt, clean = (values_at(model, sites.all_hooks, tokens) for tokens in (pairs.corrupt, pairs.clean))
+    together, total, expected = edge_product(sites, corrupt, clean, n_runs), 0.0, 0.0
+    for k in range(n_runs):
+        point = {sites.embed: corrupt[sites.embed] + k / n_runs * (clean[sites.embed] - corrupt[sites.embed])}
+        values, grads, _ = gradients(
+            model, sites, pairs.clean, pairs, discovery.logit_difference, at=sites.reader_hooks, replaced=point
+        )
+        total = total + together(values, grads)
+        expected = expected + edge_product(sites, corrupt, clean)(values, grads)
+    assert close(total, expected, 1e-5)
 
 
 @variants

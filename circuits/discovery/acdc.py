@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from circuits.discovery.batches import Ablation, Setting, patched_at_a_time, patchings_of, setting_of
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.exact import check_effects, check_finite
-from circuits.discovery.memory import pairs_at_a_time, peak_bytes
+from circuits.discovery.memory import churning, pairs_at_a_time, peak_bytes
 from circuits.discovery.metrics import Metric, is_distance, logit_difference, name_of
 from circuits.discovery.removal import (
     AT_A_TIME,
@@ -107,7 +107,7 @@ def acdc(
             memory_budget=memory_budget,
             batch_size=batch_size,
         )
-        runs, why_whole = _runs(setting, speculate, memory_budget, batch_size)
+        runs, why_whole = _runs(setting, speculate, churning(memory_budget), batch_size)
         with tqdm(total=setting.sites.graph.n_edges, desc="acdc", unit="edge", disable=not progress) as bar:
             kept, change, tried = _decide(setting, runs, tau, speculate, bar)
     check_finite(setting, change)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 
 from circuits.discovery.activations import Store, gradients, outside_inference_mode, source_differences, values_at
 from circuits.discovery.circuit import Circuit
-from circuits.discovery.edge_products import Product, edge_product, product_by_position
+from circuits.discovery.edge_products import RUNS, Product, edge_product, product_by_position
 from circuits.discovery.gradient_rules import GradientRules, ruled_sites, rules_details, rules_of
 from circuits.discovery.memory import pairs_at_a_time
 from circuits.discovery.metrics import Metric, beside, check_pairs, is_distance, is_flat, name_of, select, zero_gradient
@@ -28,9 +29,8 @@ Term = tuple[Mapping[str, Tensor] | None, Product]
 Plan = Callable[[Sites, Store, Store], list[Term]]
 """From the activations of the corrupt and the clean run to the terms whose sum the scores are."""
 
-REHEARSED = 2
-"""How many terms of a plan a rehearsal takes: every term takes the same memory, and the first two follow upon each
-other as any two do."""
+REHEARSED = RUNS + 1
+"""How many terms of a plan a rehearsal takes: after as many runs as are kept, memory grows no more."""
 
 
 def integration_points(steps: int) -> list[float]:
@@ -89,7 +89,7 @@ def edge_circuit(
         sites,
         pairs,
         metric,
-        along_inputs(points, product_by_position if by_position else edge_product),
+        along_inputs(points, product_by_position if by_position else partial(edge_product, n_runs=len(points))),
         at=sites.reader_hooks,
         names=names * n_positions,
         rules=rules,

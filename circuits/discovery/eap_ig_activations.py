@@ -9,9 +9,10 @@ from torch import Tensor
 from circuits.discovery.activations import Store, source_differences
 from circuits.discovery.attribution import Plan, Term, effects_of, integration_points
 from circuits.discovery.circuit import Circuit
-from circuits.discovery.edge_products import Product, answer_positions, gradients_by_layer
+from circuits.discovery.edge_products import Product
 from circuits.discovery.gradient_rules import GradientRules, rules_details
 from circuits.discovery.metrics import Metric, is_distance, logit_difference, name_of
+from circuits.discovery.reader_gradients import ReaderGradients
 from circuits.discovery.sites import Sites, sites_of
 from circuits.model import HookedModel
 from circuits.tasks.base import Pairs
@@ -122,8 +123,9 @@ def _product(
 
     def product(values: Store, grads: Store) -> Float[Tensor, "batch edge"]:
         dense = differences.new_zeros(len(differences), len(graph.readers), len(graph.sources))
-        at = 0
-        for gradient, here in gradients_by_layer(sites, values, grads, answer_positions(sites, grads)):
+        at, gathered = 0, ReaderGradients(sites)
+        gathered.add(values, grads)
+        for gradient, here in gathered.by_layer():
             rows = gradient.to(differences.dtype).transpose(0, 1).flatten(2)
             if graph.visible[at] >= last:
                 found = torch.bmm(rows, differences[:, first:last, here].flatten(2).transpose(1, 2))

@@ -2,40 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.discovery.activations import ALL, Store, mlp_gradient, reader_gradients, source_differences
+from circuits.discovery.activations import ALL, Store, source_differences
+from circuits.discovery.reader_gradients import ReaderGradients
 from circuits.discovery.sites import Sites
 
-Product = Callable[[Store, Store], Float[Tensor, "batch score"]]
-"""From the activations and gradients of a run to one number per pair and edge (or source)."""
+Product = Callable[[Store, Store], Tensor]
+"""From the activations and gradients of a run to one number per pair and edge (or source), or zero."""
 
 
-def edge_product(sites: Sites, corrupt: Store, clean: Store) -> Product:
+RUNS = 5
+"""How many runs' gradients are added up before they are multiplied: what is kept of each takes memory."""
+
+
+def edge_product(sites: Sites, corrupt: Store, clean: Store, n_runs: int = 1) -> Product:
     """Prepare the product of every visible difference with every reader's gradient, in the order of the edges.
+
+    The differences are the same for all runs, so that gradients are added up over runs first, as far as they are
+    linear: a call gives the sum of what the calls since the last one were given, every ``RUNS`` calls and at the last
+    of ``n_runs``, and zero in between.
 
     Left out is what is zero: the difference of a position embedding, which is the same in both runs, and, where all
     pairs have their answer at one position, what the last block's queries and MLP and the logits read at the others.
     """
     graph, differences = sites.graph, _Differences(sites, corrupt, clean)
+    gathered, called = ReaderGradients(sites), 0
 
-    def product(values: Store, grads: Store) -> Float[Tensor, "batch edge"]:
-        at = answer_positions(sites, grads)
-        out: Tensor | None = None
+    def product(values: Store, grads: Store) -> Float[Tensor, "*batch_edge"]:
+        nonlocal gathered, called
+        gathered.add(values, grads)
+        called += 1
+        if called % RUNS and called < n_runs:
+            return torch.zeros((), device=differences.device)
+        found, gathered = gathered, ReaderGradients(sites)
+        at, out = found.at, None
         reader = edge = 0
-        for gradient, here in gradients_by_layer(sites, values, grads, at):
+        for gradient, here in found.by_layer():
             visible = graph.visible[reader]
             seen = differences.seen(visible, here, whole=at == ALL)
             rows = gradient.to(seen.dtype).transpose(0, 1).flatten(2)
-            found = torch.bmm(rows, seen.transpose(1, 2))
-            out = found.new_zeros(len(found), graph.n_edges) if out is None else out
+            # in this order MKL takes three quarters of the time
+            part = torch.bmm(seen, rows.transpose(1, 2)).transpose(1, 2)
+            out = part.new_zeros(len(part), graph.n_edges) if out is None else out
             n = rows.shape[1] * visible
-            differences.put(found, out[:, edge : edge + n].unflatten(1, (-1, visible)))
+            differences.put(part, out[:, edge : edge + n].unflatten(1, (-1, visible)))
             reader, edge = reader + rows.shape[1], edge + n
         assert out is not None  # there are logits
         return out
@@ -54,6 +70,7 @@ class _Differences:
         """Whether the position embedding, source 1, is the same in both."""
         self.early, self.late = set(range(late)) - ({1} if self.still else set()), range(late, n)
         self.here: dict[int, Tensor] = {}
+        self.device = clean[sites.embed].device
 
     @cached_property
     def of_early(self) -> Float[Tensor, "source batch pos d_model"]:
@@ -97,43 +114,12 @@ def product_by_position(sites: Sites, corrupt: Store, clean: Store) -> Product:
     def product(values: Store, grads: Store) -> Float[Tensor, "batch edge"]:
         blocks: list[Tensor] = []
         reader = 0
-        for gradient, _ in gradients_by_layer(sites, values, grads):
+        gathered = ReaderGradients(sites)
+        gathered.add(values, grads)
+        for gradient, _ in gathered.by_layer(everywhere=True):
             rows = gradient.to(differences.dtype).permute(1, 2, 0, 3).flatten(0, 1)
             blocks.append(torch.bmm(rows, by_place[:, : visible[reader]].transpose(1, 2)).flatten(1))
             reader += rows.shape[1]
         return torch.cat(blocks, 1).unflatten(0, (differences.shape[1], -1)).flatten(1)
 
     return product
-
-
-def answer_positions(sites: Sites, grads: Store) -> slice:
-    """Return the one position at which the last block's queries and MLP and the logits have a gradient, or all.
-
-    A query's output, an MLP's and a logit are of their own position: where all pairs have their answer at one, that is
-    the only one. It is looked for in the gradients, so that a model that is otherwise is none the worse.
-    """
-    last = sites.layers[-1]
-    names = [last.qkv[0], sites.final, *([] if last.mlp_in is None else [last.mlp_in])]
-    sizes = torch.stack([grads[name].flatten(2).abs().sum((0, 2)) for name in names])
-    found = (sizes != 0).any(0).nonzero().flatten().tolist()
-    return slice(found[0], found[0] + 1) if len(found) == 1 else ALL
-
-
-def gradients_by_layer(
-    sites: Sites, values: Store, grads: Store, at: slice = ALL
-) -> Iterator[tuple[Float[Tensor, "reader batch _ d_model"], slice]]:
-    """Yield the gradient at every reader's input, in blocks of readers that see the same sources, and its positions.
-
-    Args:
-        sites: The readers.
-        values: Activations of the run.
-        grads: Gradients at them.
-        at: The positions at which those of the last block's queries and MLP and of the logits are wanted.
-    """
-    for i, layer in enumerate(sites.layers):
-        here = at if i + 1 == len(sites.layers) else ALL
-        blocks = reader_gradients(sites, i, values, grads, here)
-        yield from zip(blocks, [here, ALL], strict=False)
-        if layer.mlp_in is not None:
-            yield mlp_gradient(sites, i, values, grads, here), here
-    yield grads[sites.final][None, :, at], at

@@ -17,7 +17,7 @@ from circuits.discovery.activations import check_model
 from circuits.discovery.circuit import Circuit
 from circuits.discovery.curves import Curve, Faithfulness, summarise
 from circuits.discovery.graph import Graph
-from circuits.discovery.memory import pairs_at_a_time
+from circuits.discovery.memory import churning, pairs_at_a_time
 from circuits.discovery.metrics import Metric, beside, check_pairs, logit_difference, measure, name_of, select
 from circuits.discovery.nested import nested_metric
 from circuits.discovery.random_circuits import random_sizes
@@ -106,6 +106,7 @@ def ablated_metric(
         # beside what the sets and the result take, which callers want in double precision
         held = keep.numel() + 12 * out.numel() + sum(t.numel() * t.element_size() for t in (shared or {}).values())
         rows, sets = _batch_sizes(sites, pairs, model.cfg.d_model)
+        budgets["memory_budget"] = churning(memory_budget)
         rows, sets = _within(rehearse, rows, max(1, min(sets, len(keep))), held, **budgets)
         starts = [(i, k) for i in range(0, len(pairs), rows) for k in range(0, len(keep), sets)]
         for i, k in tqdm(starts, desc="ablation", unit="forward", disable=not progress):

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from circuits.discovery.ablate import ablated_logits, replacement, shared_replacement
 from circuits.discovery.activations import check_model
-from circuits.discovery.memory import pairs_at_a_time
+from circuits.discovery.memory import churning, pairs_at_a_time
 from circuits.discovery.metrics import Metric, check_pairs, measure, name_of
 from circuits.discovery.sites import Sites
 from circuits.errors import BadInput, Diverged
@@ -23,9 +23,6 @@ from circuits.tasks.base import Pairs
 Sample = Callable[[torch.Generator], Float[Tensor, "set edge"]]
 """Draws scales of every edge between ablated (0) and kept (1), differentiable in what is learned."""
 
-BUDGET_SHARE = 0.6
-"""Share of a budget that updates are planned with: their graphs, of many tensors of many sizes, leave more holes in the
-heap than what other methods take."""
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
 """Temperature and stretch of the hard-concrete distribution, the values of Louizos et al. 2018, section 4."""
 
@@ -170,7 +167,7 @@ class _Batch:
             size = pairs_at_a_time(
                 lambda n: self.gradients(every[:n], keep, n),
                 size,
-                memory_budget=int(BUDGET_SHARE * memory_budget),
+                memory_budget=churning(memory_budget),
                 kept=one.numel() * one.element_size() * len(every),
             )
         at_a_time = 256 if memory_budget is None else size

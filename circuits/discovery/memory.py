@@ -15,9 +15,11 @@ from circuits.errors import BadInput
 
 BUDGET = 512 * 2**20
 """Bytes that a computation may take where no budget is given."""
-MARGIN = 0.55
+MARGIN = 0.5
 """Share of a given budget that is planned with. Measured is what tensors hold; the process takes up to twice as much,
 for what the allocator loses between tensors and what kernels take beside the tensors that they return."""
+CHURN = 0.6
+"""Share of a budget that is given to what keeps and gives back many tensors of many sizes, which leaves more holes."""
 GROWTH = 8
 """How many times as many pairs a rehearsal takes as the one before it, at most."""
 
@@ -78,6 +80,11 @@ def peak_bytes(run: Callable[[], object]) -> int:
     # only now may the result go: it is part of what there was at the peak
     del result
     return allocations.most
+
+
+def churning(memory_budget: int | None) -> int | None:
+    """Return the part of a budget that a computation may take which keeps and gives back tensors of many sizes."""
+    return None if memory_budget is None else int(CHURN * memory_budget)
 
 
 def pairs_at_a_time(

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from circuits.discovery.batches import patched_at_a_time, patchings_of, setting_of
 from circuits.discovery.graph import Graph
+from circuits.discovery.memory import churning
 from circuits.discovery.metrics import Metric
 from circuits.discovery.patching import Patching
 from circuits.discovery.removal import Kept, PartialRun
@@ -114,7 +115,7 @@ def nested_metric(
     if any(bool((later & ~earlier).any()) for earlier, later in pairwise(keep)):
         raise BadInput("the sets are not nested: expected each to hold the next")
     with torch.no_grad():
-        budgets: dict[str, Any] = {"memory_budget": memory_budget, "batch_size": batch_size}
+        budgets: dict[str, Any] = {"memory_budget": churning(memory_budget), "batch_size": batch_size}
         setting = setting_of(model, pairs, metric, ablation=ablation, denoising=False, **budgets)
         if setting.blocks is None or setting.half_precision:
             return None
@@ -129,7 +130,7 @@ def nested_metric(
         )
         out = torch.empty(len(keep), len(pairs), device=setting.pairs.clean.device)
         with tqdm(total=len(keep) * len(pairs), desc="circuits", unit="pair", disable=not progress) as bar:
-            for rows, patching in patchings_of(setting, size, memory_budget):
+            for rows, patching in patchings_of(setting, size, churning(memory_budget)):
                 run = NestedRun(patching)
                 kept = _all(graph)
                 for k, edges in enumerate(lost):

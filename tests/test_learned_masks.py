@@ -151,5 +151,5 @@ def test_a_loss_that_is_not_finite_stops_with_the_remedy() -> None:
     with pytest.raises(BadInput, match="logit_difference of a masked model is not finite: check the metric"):
         discovery.subnetwork_probing(model, some_pairs(), discovery.logit_difference, steps=3)
     assert all(p.grad is None for p in model.parameters())
-    with pytest.raises(Diverged, match="at step 1: .*lower learning_rate"):
+    with pytest.raises(Diverged, match=r"at step 1: .*lower learning_rate"):
         discovery.optimal_constants(build(), some_pairs(), steps=3, learning_rate=1e20)

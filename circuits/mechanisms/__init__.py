@@ -38,6 +38,7 @@ from circuits.mechanisms.rectangles import rectangles
 from circuits.mechanisms.region_interchange import region_interchange
 from circuits.mechanisms.result_heuristics import result_heuristics
 from circuits.mechanisms.rule import RULE, VERSION, Thresholds, decide, rule_table, worth_explaining
+from circuits.mechanisms.scrubbing import causal_scrubbing
 from circuits.mechanisms.slice_transfer import slice_transfer
 from circuits.mechanisms.spectral import spectral
 from circuits.mechanisms.taxonomy import taxonomy
@@ -70,6 +71,7 @@ TESTS: dict[str, Callable[..., Evidence]] = {
     "das": das,
     "pair-lookup": pair_lookup,
     "digit-neurons": digit_neurons,
+    "causal-scrubbing": causal_scrubbing,
     "column-interchange": column_interchange,
     "carry-cascade": carry_cascade,
     "column-parts": column_parts,
@@ -84,6 +86,7 @@ DECIDING = (
     "rectangles",
     "result-heuristics",
     "pair-lookup",
+    "causal-scrubbing",
 )
 """Tests that the rule reads, of tasks with one answer token; they share one ``Readings`` of the operand square."""
 
@@ -103,6 +106,7 @@ DESCRIBING = (
 """Tests that describe such a model and decide nothing: they read the same ``Readings``."""
 
 OF_SUMS = (
+    "causal-scrubbing",
     "spectral",
     "functional-form",
     "interchange",
@@ -139,6 +143,7 @@ __all__ = [
     "applicable",
     "block_gap",
     "carry_cascade",
+    "causal_scrubbing",
     "circularity",
     "clock_or_pizza",
     "column_interchange",

@@ -31,9 +31,11 @@ def knows_pairs(operands: Int[Tensor, "rows 2"], neurons: Float[Tensor, "rows n"
     away = (neurons - neurons.median(0).values).abs()
     most = away.amax(0)
     on = away > HALF * most
-    first = on.int().argmax(0)
-    s, t = operands[first].T
     a, b = operands[:, :1], operands[:, 1:]
+    # a double does not tell which pair it is a part of
+    apart = on & (a != b)
+    first = torch.where(apart.any(0), apart.int().argmax(0), on.int().argmax(0))
+    s, t = operands[first].T
     of_pair = ((a == s) | (a == t)) & ((b == s) | (b == t))
     clear = (most > 1e-6 * neurons.abs().amax(0)) & ~(on & ~of_pair).any(0)
     return on & clear

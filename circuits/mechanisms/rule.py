@@ -286,11 +286,15 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
             f"{swap.number('frequencies_complement'):.0%})"
         )
     if name == "number-line":
+        # along an embedding of one dimension every swap works: a list of pairs written as one number has neurons, and
+        # answers, that hang on which pair it is
+        scrubbed = by["causal-scrubbing"].number("line", 1.0) if "causal-scrubbing" in by else 1.0
         passes = swap.number("line") >= rule.line_interchange and form.number("hinge_least") >= rule.hinge_share
-        return passes, (
+        return passes and scrubbed >= rule.scrubbed_line, (
             f"moving the operand along one direction of the embedding changes the answer as predicted in "
-            f"{swap.number('line'):.0%}, and {form.number('hinge_least'):.0%} of neuron importance, in the "
-            "layer where it is least, is in hinges"
+            f"{swap.number('line'):.0%}, {form.number('hinge_least'):.0%} of neuron importance, in the layer where it "
+            f"is least, is in hinges, and {scrubbed:.0%} of answers survive neurons from other operands with the same "
+            "result"
         )
     low, high = swap.number("low_digit_of_a"), swap.number("high_digit_of_a")
     units, tens = swap.number("units_digit_of_a"), swap.number("tens_digit_of_a")
@@ -307,9 +311,12 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
     # A base: none where answers wrap around. Random functions: few values leave nearly all of a state to a digit.
     apart = swap.number("digits_control", 0.0) <= rule.digits_random and not wraps
     passes = min(low, high) >= rule.interchange and swap.number("line") <= rule.columns_line and apart and not listed
-    return passes, (
+    scrub = by.get("causal-scrubbing")
+    scrubbed = max(scrub.number("line", 1.0), scrub.number("columns", 0.0)) if scrub is not None else 1.0
+    return passes and scrubbed >= rule.scrubbed_columns, (
         f"swapping the low or the high digit alone, in base {base:.0f}, changes the answer as predicted in {low:.0%} "
-        f"and {high:.0%}"
+        f"and {high:.0%}, and {scrubbed:.0%} of answers survive neurons from other operands with the same columns or "
+        "result"
     )
 
 

@@ -62,6 +62,11 @@ def _claims(item: Evidence, items: tuple[Evidence, ...], rule: Thresholds) -> li
         return [("fourier", waves >= rule.frequency_share, waves), ("number-line", hinges >= rule.hinge_share, hinges)]
     if item.test == "interchange":
         return _of_swaps(item, items, rule)
+    if item.test == "causal-scrubbing":
+        # what survives is no sign of an algorithm by itself; what does not speaks against one
+        line, columns = item.number("line"), max(item.number("line"), item.number("columns", 1.0))
+        found = [("number-line", False, line)] if line < rule.scrubbed_line else []
+        return [*found, *([("columns", False, columns)] if columns < rule.scrubbed_columns else [])]
     if item.test == "region-interchange":
         return [(str(item.details.get("algorithm")), True, item.value)] if item.passed else []
     if item.test == "digit-neurons":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-VERSION = "arithmetic-8"
+VERSION = "arithmetic-9"
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Thresholds:
     region_smallest: float = 0.05
     slice_algorithm: float = 0.80
     cascade_reached: float = 0.90
+    scrubbed_line: float = 0.95
+    scrubbed_columns: float = 0.50
 
 
 RULE = Thresholds()

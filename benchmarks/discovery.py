@@ -9,15 +9,17 @@ and what the first run added to the process's memory (``rss_mb``). glibc is told
 faults are what is measured.
 
 ``--growth`` adds models of 4, 8 and 16 layers at a fixed batch, 16 pairs for eap and 4 for exact: time and memory per
-edge, and how much of a memory budget is taken. ``--peer`` runs auto-circuit on the same weights and pairs, in an
-environment of its own whose Python is given (``peer_auto_circuit.py`` says how to make one), and gives the ratios: how
-many times as long it takes. ``--json`` prints rows and ratios. ``--check`` ends with an error where a method takes more
-forwards than ``MOST_FORWARDS`` allows.
+edge, and how much of a memory budget is taken (four minutes more). ``--peer`` runs auto-circuit on the same weights and
+pairs, in an environment of its own whose Python is given (``peer_auto_circuit.py`` says how to make one), and gives the
+ratios: how many times as long it takes. ``--json`` prints rows and ratios. ``--check`` ends with an error where a
+method takes more forwards than ``MOST_FORWARDS`` allows.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import json
 import os
 import resource
@@ -147,6 +149,9 @@ class PeakMemory:
     """The most resident memory that this process has while a block runs, above what it has at the start."""
 
     def __enter__(self) -> PeakMemory:
+        # what earlier work left free in the heap would be taken again unseen
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
         self.start, self.most, self.running = resident(), 0, True
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
@@ -168,37 +173,47 @@ def resident() -> int:
     return pages * resource.getpagesize()
 
 
-def growth_rows(n_layers: int) -> list[dict[str, object]]:
+GROWTH_LAYERS = (4, 8, 16)
+GROWTH = {"eap": (eap, 16, 64), "exact": (exact, 4, 32)}
+"""What is run on models that grow: the method, the pairs, and the megabytes of the run that is given a budget."""
+LONG = 16
+"""Layers of which exact patching takes minutes: it is run once there, without a budget."""
+
+
+def growth_row(n_layers: int, method: str, budgeted: bool) -> dict[str, object]:
     """Time and memory per edge of a model of the width of M with more layers; run in a process of its own."""
     config = ModelConfig(128, 12, n_layers, 256, 8, act_fn="gelu", normalization="LN", init_std=0.15)
-    model, many, few = Transformer(config).eval(), pairs_of(16), pairs_of(4)
-    n_edges = Graph.from_model(model).n_edges
-    rows: list[dict[str, object]] = []
-    for method, pairs, run, budget in (
-        ("eap", many, eap, None),
-        ("eap", many, eap, 64 * 2**20),
-        ("exact", few, exact, None),
-        ("exact", few, exact, 256 * 2**20),
-    ):
-        forward = forward_seconds(model, pairs)
-        with PeakMemory() as memory:
-            spent = cpu_seconds(partial(run, model, pairs, memory_budget=budget), 1)
-        rows.append(
-            {
-                "size": f"{n_layers} layers",
-                "method": method if budget is None else f"{method}, budget {budget // 2**20} MB",
-                "edges": n_edges,
-                "pairs": len(pairs),
-                "forwards": round(spent / forward, 2),
-                "cpu_s": round(spent, 5),
-                "us_per_edge": round(1e6 * spent / n_edges, 1),
-                "rss_mb": round(memory.most / 2**20),
-                "kb_per_edge": round(memory.most / 1024 / n_edges, 1),
-            }
-            | ({} if budget is None else {"of_budget": round(memory.most / budget, 2)})
-        )
-        announce(rows[-1])
-    return rows
+    run, n, megabytes = GROWTH[method]
+    model, pairs = Transformer(config).eval(), pairs_of(n)
+    n_edges, budget = Graph.from_model(model).n_edges, megabytes * 2**20 if budgeted else None
+    if n_layers < LONG:  # what is loaded at the first call is no part of what a call takes
+        run(model, pairs_of(2), memory_budget=2**30)
+    forward = forward_seconds(model, pairs)
+    with PeakMemory() as memory:
+        spent = cpu_seconds(partial(run, model, pairs, memory_budget=budget), 1)
+    return {
+        "size": f"{n_layers} layers",
+        "method": method if budget is None else f"{method}, budget {megabytes} MB",
+        "edges": n_edges,
+        "pairs": len(pairs),
+        "forwards": round(spent / forward, 2),
+        "cpu_s": round(spent, 5),
+        "us_per_edge": round(1e6 * spent / n_edges, 1),
+        "rss_mb": round(memory.most / 2**20),
+        "kb_per_edge": round(memory.most / 1024 / n_edges, 1),
+    } | ({} if budget is None else {"of_budget": round(memory.most / budget, 2)})
+
+
+def growth() -> list[dict[str, object]]:
+    """Every row, each from a process of its own, without the kept heap: memory that is given back is to be seen."""
+    asked = [
+        ["--growth-of", str(n_layers), method, budgeted]
+        for n_layers in GROWTH_LAYERS
+        for method in GROWTH
+        for budgeted in ("no", "yes")
+        if (n_layers, method, budgeted) != (LONG, "exact", "yes")
+    ]
+    return [one for arguments in asked for one in in_a_process(arguments, {})]
 
 
 def forward_seconds(model: Transformer, pairs: Pairs) -> float:
@@ -228,12 +243,15 @@ def main() -> None:
     parser.add_argument("--growth", action="store_true", help="also models of 4, 8 and 16 layers")
     parser.add_argument("--peer", metavar="PYTHON", help="Python of an environment with auto-circuit")
     parser.add_argument("--check", action="store_true", help="fail where a method takes more forwards than it may")
-    parser.add_argument("--growth-of", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--growth-of", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.growth_of:
-        print(json.dumps(growth_rows(arguments.growth_of)))
+        n_layers, method, budgeted = arguments.growth_of
+        one = growth_row(int(n_layers), method, budgeted == "yes")
+        announce(one)
+        print(json.dumps([one]))
         return
     if arguments.row:
         one = row(*arguments.row, arguments.repeats)
@@ -247,8 +265,7 @@ def main() -> None:
     if arguments.peer:
         found += [one for size in SIZES for one in peer_rows(size, arguments.peer)]
     if arguments.growth:
-        # without the kept heap: memory that is given back must be seen to be
-        found += [one for n_layers in (4, 8, 16) for one in in_a_process(["--growth-of", str(n_layers)], {})]
+        found += growth()
     if arguments.json:
         print(json.dumps({"rows": found, "ratios": ratios(found)}))
     else:

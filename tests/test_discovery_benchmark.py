@@ -49,10 +49,10 @@ def test_ratios_to_the_peer_are_in_the_json_too(
 
 
 def test_growth_has_exact_at_every_depth_and_says_what_share_of_a_budget_is_taken(benchmark: ModuleType) -> None:
-    rows = benchmark.growth_rows(1)
+    rows = [benchmark.growth_row(1, method, budgeted) for method in ("eap", "exact") for budgeted in (False, True)]
     assert [row["pairs"] for row in rows] == [16, 16, 4, 4]
     assert [row["method"].split(",")[0] for row in rows] == ["eap", "eap", "exact", "exact"]
     for row in rows:
         budget = 2**20 * int(row["method"].split()[-2]) if "budget" in row["method"] else 0
         assert ("of_budget" in row) == bool(budget)
-        assert not budget or row["of_budget"] == pytest.approx(row["rss_mb"] * 2**20 / budget, abs=0.02)
+        assert not budget or row["of_budget"] == pytest.approx(row["rss_mb"] * 2**20 / budget, abs=0.03)

@@ -666,3 +666,19 @@ def test_what_is_too_large_says_so() -> None:
         Othello(8).state_id(Othello(8).initial(1))
     states = Othello(6).sample(100, generator=generator(21)).states.flatten(0, 1)
     assert len(Othello(6).state_id(states).unique()) == len(states.unique(dim=0))
+
+
+@pytest.mark.untyped
+def test_what_is_no_state_or_no_token_is_refused_by_name() -> None:
+    with pytest.raises(BadInput, match=r"row 0: \[9\] is no state of Lattice"):
+        games.Lattice(5).step(torch.tensor([[9]]), torch.tensor([1]))
+    with pytest.raises(BadInput, match=r"row 1: \[99, 3\] is no state of Gridworld"):
+        games.Gridworld(5).step(torch.tensor([[1, 1], [99, 3]]), torch.tensor([1, 1]))
+    with pytest.raises(BadInput, match="tokens are a list: expected a tensor"):
+        games.Lattice(5).play([[0, 1]])  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match=r"tokens are a torch\.float32: expected a tensor of whole numbers"):
+        games.Lattice(5).play(torch.zeros(1, 2))
+    with pytest.raises(BadInput, match="tokens go from 0 to 70: expected 0 to 12"):
+        games.Nim().planted_heuristic()(torch.tensor([[0, 70]]))
+    with pytest.raises(BadInput, match="game 3 is no name: expected one of lattice"):
+        games.get(3)  # type: ignore[arg-type]

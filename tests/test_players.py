@@ -29,7 +29,7 @@ READ = (
 APART = {
     "lattice": ("state-probe", "inductive-bias", "myhill-nerode", "intervention", "legal-actions", "counterfactual"),
     "gridworld": tuple(probe for probe in READ if probe != "fan-out"),
-    "connect3": ("inductive-bias", "myhill-nerode", "legal-actions", "counterfactual", "detours"),
+    "connect3": ("state-probe", "inductive-bias", "myhill-nerode", "legal-actions", "counterfactual", "detours"),
     "nim": ("state-probe", "inductive-bias"),
 }
 """Probes whose value is higher, for every seed, of whoever was told the state; the others of ``READ`` say nothing."""

@@ -40,8 +40,9 @@ def test_who_knows_the_state_has_the_highest_value_of_every_statistic(game: game
     found = worldmodels.measure(knows_state(game), game, probes=[name for name in PROBES if name != "adaptation"])
     for name in ("inductive-bias", "myhill-nerode", "legal-actions", "detours"):
         assert found[name].value == pytest.approx(1, abs=0.02), name
-    for name in ("state-probe", "next-state"):
-        assert found[name].value > 0.94, name  # a state that was not met in fitting cannot be read
+    assert found["next-state"].value > 0.94
+    # tables of one entry for each state, and no prefix is fitted on and tested on: a state that was not met is not read
+    assert found["state-probe"].value > {"lattice": 0.99, "nim": 0.8, "connect3": 0.5}[game.name]
     for name in ("fan-out", "adversarial"):
         assert found[name].value == 1
     assert found["counterfactual"].value > 0.95
@@ -72,8 +73,8 @@ def test_who_knows_what_is_legal_plays_and_tells_apart_nothing_else() -> None:
 
 def test_where_legality_is_the_state_but_for_the_player_only_he_is_missed() -> None:
     state, legality = (worldmodels.state_probe(model, NIM) for model in (knows_state(NIM), knows_legality(NIM)))
-    assert state.details["whole_state"] == 1
-    assert legality.details["changed heap a"] > 0.95 and legality.details["changed player"] < 0.75
+    assert state.details["whole_state"] > 0.5
+    assert legality.details["changed player"] < 0.75
 
 
 @pytest.mark.parametrize("game", [LATTICE, NIM, CONNECT, games.Gridworld(5, length=10)], ids=lambda g: g.name)
@@ -499,3 +500,51 @@ def test_a_bridge_is_read_alike() -> None:
     for probe in ("inductive-bias", "legal-actions", "intervention"):
         ours, theirs = PROBES[probe](model, LATTICE), PROBES[probe](bridge, LATTICE)
         assert theirs.value == pytest.approx(ours.value, abs=0.02)
+
+
+def test_a_prefix_is_never_fitted_on_and_tested_on() -> None:
+    from circuits.worldmodels.prefixes import half, sample_prefixes
+
+    pool = [half(sample_prefixes(NIM, 300, seed=seed), seed) for seed in (0, 1)]
+    seen = [
+        {tuple(row[:n]) for row, n in zip(part.tokens.tolist(), part.lengths.tolist(), strict=True)} for part in pool
+    ]
+    assert all(seen) and not seen[0] & seen[1]
+
+
+def test_probability_of_tokens_that_the_game_has_not_is_illegal() -> None:
+    model = untrained(LATTICE, d_vocab=10)
+    with torch.no_grad():
+        model.unembed.b_U = torch.nn.Parameter(torch.zeros(10))
+        model.unembed.b_U[9] = 100
+    found = worldmodels.legal_actions(model, LATTICE)
+    assert found.details["illegal_mass"] > 0.999 and found.details["top_legal"] == 0
+    assert worldmodels.measure(model, LATTICE, probes=["adversarial"])["adversarial"].value == 0
+
+
+@pytest.mark.parametrize("game", [games.Lattice(5, 1), games.Nim((1,)), games.Lattice(2), games.Lattice(5, 2)], ids=str)
+def test_small_games_leave_a_probe_nothing_to_measure_and_say_so(game: games.Game) -> None:
+    found = worldmodels.measure(untrained(game), game)
+    for name, reading in found.items():
+        assert reading.value == reading.value or reading.note, name
+
+
+def test_controls_may_be_several_models_and_other_lengths_have_the_stored_players() -> None:
+    game = games.Lattice(5, 12, held_out=0.2)
+    probes = ("legal-actions", "fan-out", "inductive-bias", "intervention")
+    found = worldmodels.assess(untrained(game), game, untrained=[untrained(game), untrained(game)], probes=probes)
+    assert "the stored network that was told the state" in found.controls
+    other = worldmodels.assess(untrained(games.Lattice(7)), games.Lattice(7), probes=probes)
+    assert "stored" not in other.controls
+
+
+@pytest.mark.untyped
+def test_what_is_no_model_or_no_number_of_games_is_refused() -> None:
+    with pytest.raises(BadInput, match="NoneType has no TransformerLens hooks"):
+        worldmodels.assess(None, LATTICE)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="n = 0"):
+        worldmodels.adversarial(untrained(LATTICE), LATTICE, n=0)
+    with pytest.raises(BadInput, match="n = 2"):
+        worldmodels.latent_rollout(untrained(LATTICE), LATTICE, n=2)
+    with pytest.raises(BadInput, match="learning_rates has -1"):
+        worldmodels.fine_tuned_inductive_bias(untrained(LATTICE), LATTICE, learning_rates=(-1.0,))

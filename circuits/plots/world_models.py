@@ -14,7 +14,11 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "
 
 
 def score_figure(
-    scores: Mapping[str, Mapping[str, float]], raw: Mapping[str, Mapping[str, float]], *, title: str
+    scores: Mapping[str, Mapping[str, float]],
+    raw: Mapping[str, Mapping[str, float]],
+    *,
+    title: str,
+    rows: str = "score",
 ) -> go.Figure:
     """Return scores (rows) by objective (columns) as a heat map, the controls among the columns.
 
@@ -22,6 +26,7 @@ def score_figure(
         scores: for each objective, its scores between the controls by name; NaN where the probe tells nothing.
         raw: the statistics that they are from, shown in each cell.
         title: the figure's title.
+        rows: what the rows are.
     """
     names = list(next(iter(scores.values())))
     z = [[_or_none(of[name]) for of in scores.values()] for name in names]
@@ -44,7 +49,7 @@ def score_figure(
         title=title,
         template="circuits",
         xaxis_title="objective (0: random-init, 1: state)",
-        yaxis={"title": "score", "autorange": "reversed"},
+        yaxis={"title": rows, "autorange": "reversed"},
     )
     return figure
 

@@ -11,7 +11,7 @@ import pandas as pd
 from circuits import worldmodels
 from circuits._io import to_json
 from circuits.plots import board_figure, curves_figure, score_figure
-from circuits.study.game_analysis import PLANTED, TOLD, UNTRAINED, GameAnalysis
+from circuits.study.game_analysis import PLANTED, TOLD, UNTRAINED, GameAnalysis, uninformative_probes
 from circuits.study.study import Study
 from circuits.tasks.games import GAMES
 from circuits.worldmodels import SCORES, Assessment
@@ -45,6 +45,7 @@ HEADLINE = {
 CURVES = (
     ("myhill-nerode", "compression", "Compression by depth"),
     ("myhill-nerode", "distinction recall", "Distinction recall by depth"),
+    ("myhill-nerode", "distinction precision", "Distinction precision by depth"),
     ("latent-rollout", "rolled out", "States rolled out in the residual stream"),
     ("detours", "random", "Detours: legal play although moves are replaced"),
     ("intervention", "dose", "Intervention: errors undone by the length of the edit"),
@@ -65,7 +66,7 @@ def world_models(study: Study, table: pd.DataFrame, figures: Placing) -> list[di
     analyses, verdicts = study.games()
     done = table[(table["status"] == "done") & table["task"].isin(GAMES)]
     return [
-        _section(str(cell), group, analyses, verdicts, figures)
+        _section(str(cell), group, analyses, verdicts, uninformative_probes(str(cell), study.plan, analyses), figures)
         for cell, group in done.groupby("cell", sort=False)
         if set(group["run_id"]) <= analyses.keys()
     ]
@@ -87,6 +88,7 @@ def _section(
     group: pd.DataFrame,
     analyses: Mapping[str, GameAnalysis],
     verdicts: Mapping[str, Assessment],
+    silent: Sequence[str],
     figures: Placing,
 ) -> dict[str, Any]:
     recipes = {str(name): list(rows["run_id"]) for name, rows in group.groupby("recipe", sort=False)}
@@ -99,6 +101,14 @@ def _section(
             height=620,
         )
     ]
+    scaled, values = _every_probe(group, analyses, recipes, silent)
+    placed.append(
+        figures.add(
+            score_figure(scaled, values, title="Every probe by objective, statistics in the cells", rows="probe"),
+            f"Every probe by objective, {cell}, mean over seeds",
+            height=760,
+        )
+    )
     for probe, name, title in CURVES:
         curves = {recipe: _curve([analyses[run] for run in runs], probe, name) for recipe, runs in recipes.items()}
         shown = {recipe: curve for recipe, curve in curves.items() if curve is not None}
@@ -114,11 +124,36 @@ def _section(
         "headline": [_headline(name, group[group["recipe"] == name]) for name in recipes],
         "columns": list(HEADLINE.values()),
         "uninformative": sorted({name for run in informed for name in verdicts[run].uninformative}),
+        "silent": list(silent),
         "controls": sorted({verdicts[run].controls for run in informed}),
         "verdicts": [_verdict(row, verdicts[row["run_id"]]) for row in group.to_dict("records")],
         "boards": _boards(cell, recipes, analyses, figures),
         "figures": placed,
     }
+
+
+def _every_probe(
+    group: pd.DataFrame,
+    analyses: Mapping[str, GameAnalysis],
+    recipes: Mapping[str, Sequence[str]],
+    silent: Sequence[str],
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Each probe's value by recipe, between those of the two controls (of none that says nothing), and as it is."""
+
+    def mean(runs: Sequence[str], probe: str) -> float:
+        known = [x for run in runs if (x := analyses[run].readings[probe].value) == x]
+        return sum(known) / len(known) if known else float("nan")
+
+    ends = [[str(run) for run in group[group["objective"] == name]["run_id"]] for name in (UNTRAINED, TOLD)]
+    values = {recipe: {probe: mean(runs, probe) for probe in worldmodels.PROBES} for recipe, runs in recipes.items()}
+    bottom, top = ({probe: mean(runs, probe) for probe in worldmodels.PROBES} for runs in ends)
+
+    def between(x: float, probe: str) -> float:
+        if probe in silent or not top[probe] > bottom[probe] or x != x:
+            return float("nan")
+        return min(1.0, max(0.0, (x - bottom[probe]) / (top[probe] - bottom[probe])))
+
+    return {recipe: {p: between(x, p) for p, x in of.items()} for recipe, of in values.items()}, values
 
 
 def _values(verdict: Assessment, key: str) -> dict[str, float]:
@@ -154,7 +189,7 @@ def _titles(analyses: Mapping[str, GameAnalysis], group: pd.DataFrame, probe: st
 
 
 def _headline(recipe: str, group: pd.DataFrame) -> dict[str, Any]:
-    """A row of the headline table: the mean over seeds of each number, with its standard error."""
+    """A row of the headline table: the mean over seeds of each number, with its 95 % interval by Student's t."""
     numbers = []
     for name in HEADLINE:
         values = group[name].dropna()
@@ -163,11 +198,20 @@ def _headline(recipe: str, group: pd.DataFrame) -> dict[str, Any]:
         elif name.startswith("labels"):
             numbers.append(f"{values.mean():,.0f}")
         else:
-            error = f" ± {values.std() / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
-            numbers.append(f"{values.mean():.3f}{error}")
+            numbers.append(f"{values.mean():.3f}{_interval(values)}")
     roles = {UNTRAINED: "control at 0", TOLD: "control at 1", PLANTED: "rule of legality"}
     role = roles.get(str(group["objective"].iloc[0]), "")
     return {"recipe": recipe, "role": role, "numbers": numbers}
+
+
+def _interval(values: pd.Series) -> str:
+    """The 95 % interval of a mean over seeds; none of one seed."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return ""
+    reach = float(t.ppf(0.975, len(values) - 1)) * values.std() / len(values) ** 0.5
+    return f" [{values.mean() - reach:.3f}, {values.mean() + reach:.3f}]"
 
 
 def _verdict(row: Mapping[Any, Any], verdict: Assessment) -> dict[str, Any]:

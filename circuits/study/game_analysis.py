@@ -16,7 +16,7 @@ from circuits.study.figure_data import training_curves
 from circuits.study.plan import Planned
 from circuits.tasks.games import Game
 from circuits.worldmodels import Assessment, Reading
-from circuits.worldmodels.verdict import informative_scores
+from circuits.worldmodels.verdict import informative_probes, informative_scores
 
 READINGS = "readings.json"
 UNTRAINED, TOLD = "random-init", "state"
@@ -47,7 +47,9 @@ def column(name: str) -> str:
 GAME_COLUMNS = (
     *NUMBERS,
     *(column(probe) for probe in worldmodels.PROBES),
-    *(f"{end}{column(score)}" for score in worldmodels.SCORES for end in ("score_",)),
+    *(f"{column(probe)}_{end}" for probe in worldmodels.PROBES for end in ("low", "high")),
+    *(f"score_{column(score)}{end}" for score in worldmodels.SCORES for end in ("", "_low", "_high")),
+    "state_probe_over_untrained",
     "agreement",
     "labels",
     "labels_total",
@@ -117,6 +119,14 @@ def assessments(runs: Sequence[Planned], analyses: Mapping[str, GameAnalysis]) -
     return verdicts
 
 
+def uninformative_probes(cell: str, runs: Sequence[Planned], analyses: Mapping[str, GameAnalysis]) -> tuple[str, ...]:
+    """Return the probes that cannot tell the controls of a cell apart, and so say nothing on its game."""
+    controls = [list(by_id.values()) for by_id in _controls(cell, runs, analyses)]
+    untrained, told, planted = controls
+    said = informative_probes(untrained, told, planted, list(worldmodels.PROBES))
+    return tuple(probe for probe in worldmodels.PROBES if probe not in said)
+
+
 def _controls(
     cell: str, runs: Sequence[Planned], analyses: Mapping[str, GameAnalysis]
 ) -> list[dict[str, dict[str, Reading]]]:
@@ -137,7 +147,14 @@ def game_columns(analysis: GameAnalysis, verdict: Assessment) -> dict[str, Any]:
     row["accuracy_train"] = training["accuracy_train"][-1]
     numbers = {name: readings[probe].number(key) for name, (probe, key) in NUMBERS.items()}
     numbers |= {column(name): reading.value for name, reading in readings.items()}
-    numbers |= {f"score_{column(name)}": score.value for name, score in verdict.scores.items()}
+    for name, reading in readings.items():
+        numbers[f"{column(name)}_low"], numbers[f"{column(name)}_high"] = reading.interval
+    for name, score in verdict.scores.items():
+        numbers[f"score_{column(name)}"] = score.value
+        numbers[f"score_{column(name)}_low"], numbers[f"score_{column(name)}_high"] = score.low, score.high
+    encoded = verdict.scores["encodes the state"]
+    # selectivity: what can be read beyond what can be read of an untrained network of the same cell
+    numbers["state_probe_over_untrained"] = encoded.raw - encoded.untrained
     numbers["state_overlap"] = training["state_overlap"][-1]
     numbers["labels"] = _labels(training, "labels")
     numbers["labels_total"] = numbers["labels"] + _labels(training, "labels_beside")

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.errors import UnknownName
+from circuits.errors import BadInput, UnknownName
 
 SPLITS = ("train", "random", "block")
 """``train``; ``random``: held out at random; ``block``: a held-out contiguous block of the operand square."""
@@ -234,6 +234,8 @@ def from_table(kind: str, table: Mapping[str, type], name: str, parameters: Mapp
         UnknownName: the table has no such name, or the dataclass no such field.
         BadInput: a field has a value that cannot be used.
     """
+    if not isinstance(name, str):
+        raise BadInput(f"{kind} {name!r} is no name: expected one of {', '.join(table)}")
     key = name.replace("_", "-")
     if key not in table:
         raise UnknownName(kind, name, table)

@@ -17,6 +17,7 @@ from circuits.objectives.recipe import policy_of
 from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.base import Batch, Task
 from circuits.tasks.games import Game, GameBatch, is_game, training_batch
+from circuits.training.defaults import check_fits
 from circuits.training.evaluate import accuracies
 
 DATA_STREAM, DRAW_STREAM, HEAD_STREAM = 1, 2, 3
@@ -107,10 +108,12 @@ def steps(
         start: position and optimiser state to go on from, as ``train`` keeps them.
 
     Raises:
-        BadInput: an objective is undefined for the task, or a stage trains an unembedding that is tied.
+        BadInput: an objective is undefined for the task, the model cannot read or say its tokens, or a stage trains an
+            unembedding that is tied.
         Diverged: a loss is not finite; the model then holds the weights before that update.
     """
     recipe.check(task)
+    check_fits(task, model.config)
     if model.config.tied and any(stage.trained == "unembedding" for stage in recipe.stages):
         raise BadInput("trained = 'unembedding', but the unembedding is tied to the embedding: leave tied out")
     if evaluate_every is not None:

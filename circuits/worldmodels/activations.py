@@ -28,6 +28,11 @@ def check_fits(model: HookedModel, game: Game, length: int | None = None) -> Non
     if not is_game(game):
         name = getattr(game, "name", game)
         raise BadInput(f"{name!r} is no game: world-model probes need its states and its legal moves")
+    if not hasattr(model, "cfg") or not hasattr(model, "hook_dict"):
+        raise BadInput(
+            f"{type(model).__name__} has no TransformerLens hooks: expected a model of circuits.model or a "
+            "TransformerBridge"
+        )
     length = game.n_ctx if length is None else length
     cfg = model.cfg
     for name in ("d_vocab", "d_vocab_out"):
@@ -75,15 +80,28 @@ def residuals(
     return {layer: torch.cat(found) for layer, found in parts.items()}
 
 
+def game_probabilities(logits: Float[Tensor, "*batch d_vocab_out"], d_vocab: int) -> Float[Tensor, "*batch d_vocab"]:
+    """Return the probabilities of a game's tokens, on the CPU in float32.
+
+    A model of a larger vocabulary may give some to tokens that the game has not: they add up to less than 1 then, and
+    the rest is on what is illegal everywhere.
+    """
+    return logits.float().softmax(-1)[..., :d_vocab].cpu()
+
+
+def illegal_mass(probabilities: Float[Tensor, "m d_vocab"], legal: Bool[Tensor, "m d_vocab"]) -> Float[Tensor, " m"]:
+    """Return the probability of everything but the legal tokens, those that the game has not among them."""
+    return (1 - (probabilities * legal).sum(1)).clamp_min(0)
+
+
 def next_probabilities(
     model: HookedModel, tokens: Int[Tensor, "n length"], game: Game
 ) -> Float[Tensor, "n length d_vocab"]:
-    """Return the probabilities of the next token after each, among the game's tokens, on the CPU in float32."""
+    """Return the probabilities of the game's tokens as the next one after each, on the CPU in float32."""
     parts = []
     with torch.no_grad():
         for batch in tokens.split(max(1, TOKENS_AT_ONCE // max(1, tokens.shape[1]))):
-            logits = model(batch.to(device_of(model)))[..., : game.d_vocab]
-            parts.append(logits.float().softmax(-1).cpu())
+            parts.append(game_probabilities(model(batch.to(device_of(model))), game.d_vocab))
     return torch.cat(parts) if parts else torch.zeros(0, tokens.shape[1], game.d_vocab)
 
 
@@ -91,6 +109,8 @@ def last_probabilities(
     model: HookedModel, tokens: Int[Tensor, "n length"], lengths: Int[Tensor, " n"], game: Game
 ) -> Float[Tensor, "n d_vocab"]:
     """Return the probabilities of the token after the first ``lengths`` ones of each row; the rest are not seen."""
+    if not len(tokens):
+        return torch.zeros(0, game.d_vocab)
     rows = torch.arange(len(tokens))
     return next_probabilities(model, tokens[:, : int(lengths.max())], game)[rows, lengths - 1]
 

@@ -8,9 +8,19 @@ from torch import Tensor
 
 from circuits.errors import BadInput
 from circuits.model import HookedModel
+from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.games import Game
-from circuits.worldmodels.activations import check_fits, device_of, mean_interval, n_layers, resid_post
+from circuits.worldmodels.activations import (
+    check_fits,
+    device_of,
+    game_probabilities,
+    illegal_mass,
+    mean_interval,
+    n_layers,
+    resid_post,
+)
 from circuits.worldmodels.detours import free_moves
+from circuits.worldmodels.legal_actions import top_legal
 from circuits.worldmodels.linear_probe import LinearProbe
 from circuits.worldmodels.reading import NAN, Curve, Reading
 from circuits.worldmodels.state_probe import probe_at
@@ -37,13 +47,14 @@ def adversarial(model: HookedModel, game: Game, *, n: int = GAMES, seed: int = 0
         seed: of first moves and ties.
 
     Raises:
-        BadInput: the model does not fit the game.
+        BadInput: the model does not fit the game, or ``n`` is less than 1.
         UnsupportedModel: the model is not causal.
 
     Source: Balogh and Jelasity 2026 (arXiv 2602.05903): adversaries IMO and BSO.
     Fails when: the opponent looks one move ahead alone; positions of so few games are not independent.
     """
     check_fits(model, game)
+    check_integer("n", n, 1, 10**5)
     probe = probe_at(model, game, n_layers(model) - 1, seed=seed)
     found = {opponent: illegal_moves(model, game, opponent, probe, n, seed) for opponent in OPPONENTS}
     shares = {opponent: float(by_game.nanmean()) for opponent, by_game in found.items()}
@@ -86,7 +97,7 @@ def illegal_moves(
         which, moves = legal.nonzero(as_tuple=True)
         reached = game.step(states[which], moves)
         probabilities, broken = _look(model, game, probe, torch.cat((tokens[which], moves[:, None]), 1), reached)
-        wrong = (probabilities * ~game.legal(reached)).sum(1)
+        wrong = illegal_mass(probabilities, game.legal(reached))
         harm = {"most-illegal": wrong, "most-probe-breaking": broken}.get(opponent, torch.zeros_like(wrong))
         if step < free_moves(game):
             harm = torch.zeros_like(wrong)
@@ -98,7 +109,7 @@ def illegal_moves(
         own = row_of[torch.arange(n), token]
         states = reached[own]
         tokens = torch.cat((tokens, token[:, None]), 1)
-        illegal = ~game.legal(states).gather(1, probabilities[own].argmax(1, keepdim=True))[:, 0]
+        illegal = ~top_legal(probabilities[own], game.legal(states))
         # Whether the end of a game is noticed is asked once; what comes after it is not.
         seen.append(torch.where(over, torch.nan, illegal.float()))
     return torch.stack(seen[free_moves(game) - 1 :], 1)
@@ -111,5 +122,6 @@ def _look(
     name = resid_post(n_layers(model) - 1)
     with torch.no_grad():
         logits, cache = model.run_with_cache(tokens.to(device_of(model)), names_filter=[name])
-    probabilities = logits[:, -1, : game.d_vocab].float().softmax(-1).cpu()
-    return probabilities, probe.loss(cache[name][:, -1].float().cpu(), game.state_features(states))
+    return game_probabilities(logits[:, -1], game.d_vocab), probe.loss(
+        cache[name][:, -1].float().cpu(), game.state_features(states)
+    )

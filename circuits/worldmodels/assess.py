@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from circuits.errors import UnknownName, UnsupportedModel
@@ -47,6 +48,10 @@ OF_POLICY = ("legal-actions", "fan-out")
 """Probes that ask who plays in training."""
 NEEDS_STATES = ("myhill-nerode",)
 """Probes of games whose states can be listed."""
+Control = HookedModel | Mapping[str, Reading]
+"""A network to compare with, or what ``measure`` found of it."""
+NO_RULES = ("held_out", "split_seed", "length")
+"""What two forms of a game may differ in and be played alike."""
 ENOUGH = (*dict.fromkeys(probe for probe, _ in SCORES.values()), "legal-actions", "fan-out")
 """What the verdict reads."""
 
@@ -92,6 +97,8 @@ def measure(
             found[name] = PROBES[name](model, game, seed=seed, **options)
         except (NothingToMeasure, UnsupportedModel) as error:  # such as rules of neurons in a model that has none
             found[name] = Reading(name, NAN, note=str(error))
+        if found[name].value != found[name].value and not found[name].note:
+            found[name] = replace(found[name], note=f"{game} has nothing of what this probe looks at")
     return found
 
 
@@ -99,9 +106,9 @@ def assess(
     model: HookedModel,
     game: Game,
     *,
-    untrained: HookedModel | Mapping[str, Reading] | Sequence[Mapping[str, Reading]] | None = None,
-    told: HookedModel | Mapping[str, Reading] | Sequence[Mapping[str, Reading]] | None = None,
-    planted: HookedModel | Mapping[str, Reading] | Sequence[Mapping[str, Reading]] | None = None,
+    untrained: Control | Sequence[Control] | None = None,
+    told: Control | Sequence[Control] | None = None,
+    planted: Control | Sequence[Control] | None = None,
     probes: Iterable[str] | None = None,
     policy: str | None = None,
     thresholds: Thresholds | None = None,
@@ -113,11 +120,12 @@ def assess(
     Args:
         model: any hooked model that reads the game's tokens.
         game: what it plays.
-        untrained: the control at 0: a model of the same shape with random weights, or what ``measure`` found of it.
-            None: for our own models such a one is made (its unembedding is random too, so it plays at random); for
-            others 0 stands in. A list has one for each seed.
+        untrained: the control at 0: a model of the same shape with random weights, or what ``measure`` found of it, or
+            a list of either, one for each seed. None: for our own models such a one is made (its unembedding is random
+            too, so it plays at random); for others 0 stands in.
         told: the control at 1: a model of the same shape trained by the objective ``state``, or what ``measure`` found
-            of it. None: on a game that ``circuits.reference.PLAYERS`` has, the stored network that was told its state,
+            of it. None: on a game with the rules of one that ``circuits.reference.PLAYERS`` has, whose sequences are no
+            longer than those that it was trained on, the stored network that was told its state,
             and the stored one that plays by a rule as ``planted``; elsewhere 1 stands in, the most that each statistic
             can be, and no label but ``undetermined`` and ``not-learned`` is given.
         planted: a model that plays by the game's planted heuristic, or what ``measure`` found of it: a probe by which
@@ -137,6 +145,7 @@ def assess(
     Fails when: the control that was told the state has not learned it: its own readings are in ``to_frame``.
     """
     names = list(ENOUGH if probes is None else probes)
+    check_fits(model, game)
     how = []
     if untrained is None and isinstance(model, Transformer):
         untrained = Transformer(model.config, seed=seed + 1).eval()
@@ -145,7 +154,7 @@ def assess(
         how.append("0: a statistic of 0, for want of an untrained network")
     else:
         how.append("0: the untrained network that was given")
-    stored = next((name for name, known in PLAYERS.items() if known == game), None)
+    stored = next((name for name, known in PLAYERS.items() if _same_rules(known, game)), None)
     if told is None and stored is not None:
         told, theirs = (player(stored, kind)[0] for kind in KINDS)
         planted = theirs if planted is None else planted
@@ -154,11 +163,20 @@ def assess(
         how.append("1: a statistic of 1" if told is None else "1: the network that was told the state")
 
     def found(subject: Any) -> Any:
-        if subject is None or isinstance(subject, (Mapping, Sequence)):
+        if subject is None or isinstance(subject, Mapping):
             return subject
+        if isinstance(subject, Sequence):
+            return [found(one) for one in subject]
         return measure(subject, game, probes=names, policy=policy, seed=seed, progress=progress)
 
     readings = found(model)
     return judge(
         readings, found(untrained), found(told), found(planted), thresholds=thresholds, controls="; ".join(how)
     )
+
+
+def _same_rules(known: Game, game: Game) -> bool:
+    """Whether a stored player's game is this one, but for what it was trained on and how long its sequences are."""
+    if type(known) is not type(game) or game.n_ctx > known.n_ctx:
+        return False
+    return all(getattr(known, f.name) == getattr(game, f.name) for f in fields(known) if f.name not in NO_RULES)  # type: ignore[arg-type]

@@ -15,9 +15,16 @@ from circuits.errors import UnsupportedModel
 from circuits.model import HookedModel
 from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.games import Game
-from circuits.worldmodels.activations import check_fits, device_of, mean_interval, n_layers, set_errors
-from circuits.worldmodels.prefixes import Prefixes, sample_prefixes
-from circuits.worldmodels.reading import NAN, Curve, Reading
+from circuits.worldmodels.activations import (
+    check_fits,
+    device_of,
+    game_probabilities,
+    mean_interval,
+    n_layers,
+    set_errors,
+)
+from circuits.worldmodels.prefixes import Prefixes, half, sample_prefixes
+from circuits.worldmodels.reading import NAN, Curve, NothingToMeasure, Reading
 
 DEPTH = 3
 EXPLAINED = 0.7
@@ -79,6 +86,11 @@ def heuristic_rules(
     fit, test = (
         sample_prefixes(game, 300, seed=seed + s).draw(PREFIXES, torch.Generator().manual_seed(seed)) for s in (91, 93)
     )
+    fit, test = half(fit, 0), half(test, 1)
+    if min(len(fit), len(test)) < 2 * LEAF:
+        raise NothingToMeasure(
+            f"{game}: {len(fit)} prefixes to fit on and {len(test)} others to test on, of {2 * LEAF}"
+        )
     rules = fit_rules(model, fit, test, neurons, depth)
     good = (rules.explained > EXPLAINED).nonzero()[:, 0]
     leaves = sum(int(rules.trees[i].get_n_leaves()) for i in good.tolist())
@@ -173,7 +185,7 @@ def _with(
     hooks: list[Any] = [(_name(k), setter(k)) for k in range(n_layers(model))]
     with torch.no_grad(), model.hooks(fwd_hooks=hooks):
         logits = model(prefixes.tokens.to(device))[at]
-    return logits[:, : prefixes.game.d_vocab].float().softmax(-1).cpu()
+    return game_probabilities(logits, prefixes.game.d_vocab)
 
 
 def _replaced(model: HookedModel, rules: Rules, good: Int[Tensor, " k"], test: Prefixes) -> float:

@@ -71,9 +71,10 @@ def inductive_bias(
     these pairs over what the labels themselves have there: 1 is the most that there is, and 0 what a coin for each
     prefix (R 0, D 1) and one answer for all (R 1, D 0) come to alike: a D-IB of 1 says something only beside its R-IB.
     ``details`` has ``r_ib``, ``d_ib``, ``d_ib_same_legal`` and ``d_ib_other_legal`` as defined; ``ceiling`` is D-IB of
-    the labels themselves in the mean over all balanced labellings, which is the most that there is. All of them are
-    taken, each once, where they are no more than ``labellings``; the interval is over labellings. NaN where no two
-    states share their legal tokens.
+    the labels themselves in the mean over all pairs of states and all balanced labellings, and what a perfect network
+    has in that mean; on some of the pairs alone, as on those of other legal moves, the labels may have more. All
+    labellings are taken, each once, where they are no more than ``labellings``; the interval is over labellings. NaN
+    where no two states share their legal tokens.
 
     Formula: R-IB = 1 - 2 mean over pairs of prefixes of one state of 1[y_i != y_j]; D-IB = 2 mean over pairs of
         different states of 1[y_i != y_j]; value = (R-IB + D-IB(same legal) - 1) / D-IB(same legal) of the labels, each
@@ -142,6 +143,9 @@ def fine_tuned_inductive_bias(
         raise BadInput("steps and learning_rates need one value each at least, as steps=(100,)")
     for n in steps:
         check_integer("steps", n, 1, 10**6)
+    for rate in learning_rates:
+        if not 0 < rate < math.inf:
+            raise BadInput(f"learning_rates has {rate}: expected numbers above 0, as learning_rates=(6e-4,)")
     found: dict[tuple[int, float], Reading] = {}
     for rate in learning_rates:
         measured: dict[int, list[tuple[Tensor, Examples]]] = {n: [] for n in steps}
@@ -165,6 +169,8 @@ def examples(game: Game, *, labellings: int, seed: int) -> list[Examples]:
     check_integer("labellings", labellings, 1, 10**6)
     generator = torch.Generator().manual_seed(seed)
     pool = distinct(sample_prefixes(game, 4000, seed=seed))
+    if not len(pool):
+        raise NothingToMeasure(f"{game}: no sequence goes on after its first move; take a longer one")
     state, halves = pool.state, pool.row % 2
     counts = torch.stack([torch.bincount(state[halves == half], minlength=int(state.max()) + 1) for half in (0, 1)])
     enough = (counts >= FEWEST).all(0)

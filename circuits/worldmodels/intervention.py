@@ -16,6 +16,7 @@ from circuits.tasks.games.automaton import NOWHERE, automaton
 from circuits.worldmodels.activations import (
     check_fits,
     device_of,
+    game_probabilities,
     mean_interval,
     n_layers,
     resid_post,
@@ -29,6 +30,10 @@ from circuits.worldmodels.state_probe import probe_data
 
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Lengths of the edit, in mean distances of the residual stream from its mean."""
+WIDEST = 4
+"""Of so many dimensions of the stream an exchanged subspace has one, at most: of half a stream any half will do."""
+FEW_DIMENSIONS = 4
+"""So many may be exchanged of any stream."""
 POOL = 8
 """Prefixes of which one feature is changed at random, for each edit that is wanted: most changes are of no use."""
 FEWEST = 20
@@ -62,8 +67,11 @@ def intervention(model: HookedModel, game: Game, *, cases: int = CASES, seed: in
     the edited state's legal moves. Layer and scale are chosen on other cases. ``controls`` are the same edit along a
     random direction of equal norm, by a probe of random labels, and before the first block; ``details`` has the same
     for states that play cannot reach (``unreachable``), what an edit breaks that changes no legal move (``off_target``,
-    errors per case over those without the edit), and the exchange of the probe's whole subspace with that of a prefix
-    of another state, whose legal moves are then wanted (``interchange``), beside a random subspace of its rank.
+    errors per case over those without the edit), errors per case with and without the edit (the null intervention), and
+    the exchange of the probe's subspace (its strongest directions, a quarter of the stream at most) with that of a
+    prefix of another state, whose legal moves are then wanted (``interchange``), beside a random subspace of its rank.
+    Where the states of a game cannot be listed, whether play reaches an edited one is not known: all are taken for
+    reachable.
 
     Formula: success = 1 - sum_cases errors(edited, A(s')) / sum_cases errors(unedited, A(s')).
 
@@ -122,12 +130,15 @@ def intervention(model: HookedModel, game: Game, *, cases: int = CASES, seed: in
             "cases": float(len(test)),
             "unreachable": _beyond(editor, beyond, probes[layer], layer, scale),
             "off_target": _off_target(editor, edits(game, cases, seed=seed + 3, legality=False), probes, layer, scale),
+            "errors without the edit": float(null.mean()),
+            "errors with the edit": float(by_case.mean()),
             "interchange": own_space,
             "interchange, random subspace": other_space,
         },
         controls=controls,
         curves={"dose": Curve("edit (mean distances of the stream)", "errors undone (share)", SCALES, doses)},
         board=_board(model, test, layer, editor.moved(along, layer, scale)),
+        note="" if game.n_states is not None else "not known of these states: whether play reaches them",
         source="arXiv 2210.13382, section 4; arXiv 2309.00941, section 4",
     )
 
@@ -200,7 +211,7 @@ def edited_probabilities(
 
     with torch.no_grad(), model.hooks(fwd_hooks=[(resid_post(layer), move)]):
         logits = model(cases.prefixes.tokens.to(device))[rows, at]
-    return logits[:, : cases.legal.shape[1]].float().softmax(-1).cpu()
+    return game_probabilities(logits, cases.legal.shape[1])
 
 
 def errors(model: HookedModel, cases: Edits, layer: int, moved: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
@@ -247,7 +258,7 @@ def _interchange(
         return NAN, NAN
     base, donors = base.take(other), donors.take(other)
     cases = Edits(base, donors.features, donors.legal, torch.ones(len(other), dtype=torch.bool))
-    rank = min(sum(probe.sizes) - len(probe.sizes), probe.directions.shape[1] - 1)
+    rank = min(sum(probe.sizes) - len(probe.sizes), max(FEW_DIMENSIONS, probe.directions.shape[1] // WIDEST))
     basis = torch.linalg.svd(probe.directions, full_matrices=False).Vh[:rank]
     generator = torch.Generator().manual_seed(seed)
     other = torch.linalg.qr(torch.randn(basis.shape[1], rank, generator=generator)).Q.T

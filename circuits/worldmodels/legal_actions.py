@@ -11,13 +11,14 @@ from circuits.tasks.games import Game
 from circuits.worldmodels.activations import (
     check_fits,
     exact_sets,
+    illegal_mass,
     interval_by_sequence,
     last_probabilities,
     next_probabilities,
     top_sets,
 )
 from circuits.worldmodels.prefixes import Prefixes, sample_prefixes
-from circuits.worldmodels.reading import Reading
+from circuits.worldmodels.reading import NothingToMeasure, Reading
 
 SEQUENCES = 200
 PREFIXES = 3000
@@ -65,8 +66,8 @@ def legal_actions(
     details = {
         "top_legal": float(top_legal(probabilities, legal).float().mean()),
         "top_set": float((top_sets(probabilities, legal.sum(1)) == legal).all(1).float().mean()),
-        "illegal_mass": float((probabilities * ~legal).sum(1)[goes_on].mean()),
-        "illegal_mass at the end": float((probabilities * ~legal).sum(1)[~goes_on].mean()),
+        "illegal_mass": float(illegal_mass(probabilities, legal)[goes_on].mean()),
+        "illegal_mass at the end": float(illegal_mass(probabilities, legal)[~goes_on].mean()),
         "auroc": _auroc(probabilities, legal),
         "worst_set": _worst_set(probabilities, chosen),
     }
@@ -114,6 +115,8 @@ def fan_out(model: HookedModel, game: Game, *, policy: str | None = None, n: int
     policy = policy or game.policies[0]
     pool = sample_prefixes(game, n, seed=seed + 23, policy=policy)
     pool = pool.take((pool.lengths < game.n_ctx).nonzero()[:, 0]).draw(400, torch.Generator().manual_seed(seed))
+    if not len(pool):
+        raise NothingToMeasure(f"{game}: no sequence goes on after its first move; take a longer one")
     which, moves, tokens = pool.with_every_move()
     legal = game.legal(game.step(pool.states[which], moves))
     fine = top_legal(last_probabilities(model, tokens, pool.lengths[which] + 1, game), legal).double()
@@ -142,8 +145,9 @@ def fan_out(model: HookedModel, game: Game, *, policy: str | None = None, n: int
 
 
 def top_legal(probabilities: Float[Tensor, "m d_vocab"], legal: Bool[Tensor, "m d_vocab"]) -> Bool[Tensor, " m"]:
-    """Return where the most probable token is legal."""
-    return legal.gather(1, probabilities.argmax(1, keepdim=True))[:, 0]
+    """Return where the most probable token is legal; tokens that the game has not count as one."""
+    most, token = probabilities.max(1, keepdim=True)
+    return (legal.gather(1, token) & (most >= 1 - probabilities.sum(1, keepdim=True)))[:, 0]
 
 
 def _policy_chances(game: Game, policy: str, prefixes: Prefixes) -> Float[Tensor, "m d_vocab"]:

@@ -7,11 +7,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.model import HookedModel
+from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.games import Game
 from circuits.worldmodels.activations import check_fits, interval_by_sequence, mean_interval, n_layers, residuals
 from circuits.worldmodels.linear_probe import LinearProbe
 from circuits.worldmodels.prefixes import Prefixes, sample_prefixes
-from circuits.worldmodels.reading import NAN, Curve, Reading
+from circuits.worldmodels.reading import NAN, Curve, NothingToMeasure, Reading
 from circuits.worldmodels.state_probe import probe_at
 
 PREFIXES = 400
@@ -49,6 +50,8 @@ def next_state(model: HookedModel, game: Game, *, n: int = 200, seed: int = 0) -
     probe = probe_at(model, game, layer, seed=seed)
     pool = sample_prefixes(game, n, seed=seed + 41)
     pool = pool.take((pool.lengths < game.n_ctx).nonzero()[:, 0]).draw(PREFIXES, torch.Generator().manual_seed(seed))
+    if not len(pool):
+        raise NothingToMeasure(f"{game}: no sequence goes on after its first move; take a longer one")
     which, moves, tokens = pool.with_every_move()
     stream = residuals(model, tokens, [layer])[layer][torch.arange(len(which)), pool.lengths[which]]
     reached = game.step(pool.states[which], moves)
@@ -90,6 +93,7 @@ def latent_rollout(model: HookedModel, game: Game, *, n: int = 600, seed: int = 
         rare to fit a map (``FEWEST``): rollouts end before them.
     """
     check_fits(model, game)
+    check_integer("n", n, 3, 10**6)
     layer = n_layers(model) - 1
     probe = probe_at(model, game, layer, seed=seed)
     fit, test = (sample_prefixes(game, k, seed=seed + s, over=True) for k, s in ((n, 51), (n // 3, 53)))

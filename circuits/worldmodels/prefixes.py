@@ -108,15 +108,28 @@ def sample_prefixes(
     return Prefixes(game, games, row, position)
 
 
-def distinct(prefixes: Prefixes) -> Prefixes:
-    """Return each different prefix once, the first sequence that has it."""
+def _codes(prefixes: Prefixes) -> Int[Tensor, " m"]:
+    """A number for each prefix that others have if and only if they have its tokens."""
     code = torch.zeros(len(prefixes.games), dtype=torch.int64)
     codes = []
     for token in prefixes.games.tokens.unbind(1):
         code = code * 1_000_003 + token + 1  # wraps around in 64 bits: a collision is as likely as one in 10^19
         codes.append(code)
-    key = torch.stack(codes, 1)[prefixes.row, prefixes.position]
-    ordered, order = key.sort(stable=True)
+    return torch.stack(codes, 1)[prefixes.row, prefixes.position]
+
+
+def half(prefixes: Prefixes, which: int) -> Prefixes:
+    """Return the prefixes of one half (0 or 1) of all sequences of tokens, which no prefix of the other half has.
+
+    To fit on one and test on the other: of short sequences many prefixes occur twice, in different sequences too.
+    """
+    mixed = _codes(prefixes) * 0x9E3779B97F4A7C1
+    return prefixes.take(((mixed >> 40) & 1) == which)
+
+
+def distinct(prefixes: Prefixes) -> Prefixes:
+    """Return each different prefix once, the first sequence that has it."""
+    ordered, order = _codes(prefixes).sort(stable=True)
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[1:] = ordered[1:] != ordered[:-1]
     return prefixes.take(order[first].sort().values)

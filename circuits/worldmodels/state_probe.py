@@ -11,13 +11,15 @@ from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.games import Game
 from circuits.worldmodels.activations import check_fits, interval_by_sequence, n_layers, residuals
 from circuits.worldmodels.linear_probe import LinearProbe, fit_probe, shuffled_labels
-from circuits.worldmodels.prefixes import Prefixes, sample_prefixes
-from circuits.worldmodels.reading import Curve, Reading
+from circuits.worldmodels.prefixes import Prefixes, half, sample_prefixes
+from circuits.worldmodels.reading import Curve, NothingToMeasure, Reading
 
 SEQUENCES = 400
 """Sequences that the probe is fitted on; as many others test it."""
 PREFIXES = 4000
 """Prefixes of them at most."""
+FEWEST = 10
+"""Prefixes to fit on, and others to test on, at least."""
 NO_TRAINING = "selectivity over an untrained network"
 RECENT = 3
 """Tokens that decide the labels of the control task. States are no such kind: of few states those that the network
@@ -32,7 +34,8 @@ def state_probe(
     ``value`` is the accuracy over features that the last move changed, whoever looks at them: the others are right by
     remembering what they were. ``details`` has the accuracy over all features, over whole states (every feature right),
     balanced over the values of a feature, and of each feature where it changed; ``controls`` the same probe's on random
-    labels by the last tokens, and the most frequent value. Fitted and tested on different sequences.
+    labels by the last tokens, and the most frequent value. Fitted and tested on different sequences, and never on the
+    same prefix.
 
     Formula: accuracy = mean over prefixes h and features f with f(s) != f(s before the last move) of
         1[argmax probe_f(resid(h)) = f(s)].
@@ -58,7 +61,9 @@ def state_probe(
     check_fits(model, game)
     check_integer("n", n, 2, 10**6)
     layers = range(n_layers(model))
-    fit, test = probe_data(game, n, seed), probe_data(game, n, seed + 1)
+    fit, test = (half(probe_data(game, n, seed + part), part) for part in (0, 1))
+    if min(len(fit), len(test)) < FEWEST:
+        raise NothingToMeasure(f"{game}: {len(fit)} prefixes to fit on and {len(test)} others to test on, of {FEWEST}")
     streams = [residuals(model, part.games.tokens, layers) for part in (fit, test)]
     probes = {k: fit_probe(fit.at(streams[0][k]), fit.features, game.feature_sizes) for k in layers}
     changed = changed_features(test)

@@ -256,16 +256,30 @@ def informative_scores(
     the interval of a single one); and the network that was told must have ``told_least``.
     """
     asked = thresholds or Thresholds()
-    said = []
-    for name, (probe, key) in SCORES.items():
-        bottom, top, rule = (_pooled(control, probe, key) for control in (untrained, told, planted))
-        high, high_error = top or (1.0, 0.0)
-        others = [bottom or (0.0, 0.0), *([rule] if rule else [])]
-        errors = [asked.errors_apart * math.hypot(high_error, error) for _, error in others]
-        apart = all(high - x >= max(asked.informative, e) for (x, _), e in zip(others, errors, strict=True))
-        if apart and high >= asked.told_least:
-            said.append(name)
-    return tuple(said)
+    return tuple(name for name, (probe, key) in SCORES.items() if _tells(probe, key, (untrained, told, planted), asked))
+
+
+def informative_probes(
+    untrained: Controls,
+    told: Controls,
+    planted: Controls,
+    probes: Collection[str],
+    *,
+    thresholds: Thresholds | None = None,
+) -> tuple[str, ...]:
+    """Return the probes whose ``value`` says anything on a game, by what ``informative_scores`` asks of scores."""
+    asked = thresholds or Thresholds()
+    return tuple(probe for probe in probes if _tells(probe, "value", (untrained, told, planted), asked))
+
+
+def _tells(probe: str, key: str, controls: Sequence[Controls], asked: Thresholds) -> bool:
+    """Whether a statistic tells the network that was told the state (the second control) from the others."""
+    bottom, top, rule = (_pooled(control, probe, key) for control in controls)
+    high, high_error = top or (1.0, 0.0)
+    others = [bottom or (0.0, 0.0), *([rule] if rule else [])]
+    errors = [asked.errors_apart * math.hypot(high_error, error) for _, error in others]
+    apart = all(high - x >= max(asked.informative, e) for (x, _), e in zip(others, errors, strict=True))
+    return apart and high >= asked.told_least
 
 
 def _pooled(controls: Controls, probe: str, key: str) -> tuple[float, float] | None:

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuits.errors import BadInput
+
 if TYPE_CHECKING:
     from circuits.tasks.games.hold_out import HeldOut
 
@@ -299,8 +301,23 @@ def agreement(heuristic: Heuristic, games: Games) -> float:
     return float(exact[games.counted].double().mean())
 
 
+def check_tokens(tokens: Int[Tensor, "n length"], d_vocab: int) -> None:
+    """Check that tokens are of a vocabulary.
+
+    Raises:
+        BadInput: one is not.
+    """
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < d_vocab:
+        raise BadInput(f"tokens go from {int(tokens.min())} to {int(tokens.max())}: expected 0 to {d_vocab - 1}")
+
+
 def counts_before(tokens: Int[Tensor, "n length"], d_vocab: int) -> Int[Tensor, "n positions d_vocab"]:
-    """How often each token stands before each position, the one after the last included."""
+    """How often each token stands before each position, the one after the last included.
+
+    Raises:
+        BadInput: a token is not of the vocabulary.
+    """
+    check_tokens(tokens, d_vocab)
     counts = torch.zeros(len(tokens), tokens.shape[1] + 1, d_vocab, dtype=torch.int64, device=tokens.device)
     counts[:, 1:].scatter_(2, tokens[..., None], 1)
     return counts.cumsum(1)

@@ -211,8 +211,27 @@ class Engine(ABC):
             raise BadInput(f"states have shape {tuple(states.shape)}: {self.name} expects [batch, {self.d_state}]")
         if tokens.shape != states.shape[:1]:
             raise BadInput(f"tokens have shape {tuple(tokens.shape)}: expected one for each of {len(states)} states")
+        if tokens.is_floating_point() or states.is_floating_point():
+            raise BadInput(
+                f"{self.name} expects states and tokens in whole numbers, not {tokens.dtype}, {states.dtype}"
+            )
+        self._check_states(states)
         self._check_legal(states, tokens, self.legal(states), "row {row}")
         return self._after(states, tokens)
+
+    def _check_states(self, states: Tensor) -> None:
+        sizes = torch.tensor(self.feature_sizes, device=states.device)
+        try:
+            features = self.state_features(states)
+            fine = ((features >= 0) & (features < sizes)).all(1)
+        except IndexError:  # a table of places has no such place
+            fine = torch.zeros(len(states), dtype=torch.bool)
+        if not bool(fine.all()):
+            row = int((~fine).nonzero()[0])
+            raise BadInput(
+                f"row {row}: {states[row].tolist()} is no state of {self}: expected one as initial(), step() or "
+                f"enumerate_states() gives them"
+            )
 
     def _after(self, states: Tensor, tokens: Tensor) -> Tensor:
         if not self.ends:
@@ -301,6 +320,9 @@ class Engine(ABC):
         Raises:
             BadInput: a token is illegal; the message names the sequence, the position, the move and what was legal.
         """
+        if not isinstance(tokens, Tensor) or tokens.is_floating_point():
+            kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise BadInput(f"tokens are a {kind}: expected a tensor of whole numbers, [n, length]")
         if tokens.ndim != 2:
             raise BadInput(f"tokens have shape {tuple(tokens.shape)}: expected [n, length]")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from circuits.errors import BadInput
 from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.games.automaton import NOWHERE, automaton, occupancy
-from circuits.tasks.games.base import Game
+from circuits.tasks.games.base import Game, check_tokens
 
 LARGEST_WINDOW = 16
 
@@ -58,6 +58,7 @@ class LastTokens:
 
     def __call__(self, tokens: Int[Tensor, "n length"]) -> Bool[Tensor, "n positions d_vocab"]:
         """The tokens that the rule takes for legal before the first token and after each."""
+        check_tokens(tokens, self.game.d_vocab)
         window, there = self.window, tokens.cpu()
         legal = self._from_start(there[:, :window])
         if there.shape[1] > window:

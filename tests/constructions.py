@@ -156,6 +156,44 @@ def listed_digits(n: int = 20) -> Reference:
     return Reference(model, task, "memorisation/pairs")
 
 
+def kinks(numbers: Tensor, outputs: Tensor, reads: Tensor) -> Neurons:
+    """Neurons that give, piecewise linearly, an output of its own at each of some numbers, which they read."""
+    order = numbers.argsort()
+    knots = torch.cat([numbers[order][:1] - 1, numbers[order]])
+    values = torch.cat([torch.zeros_like(outputs[:1]), outputs[order]])
+    slopes = values.diff(dim=0) / knots.diff()[:, None]
+    bends = slopes.diff(dim=0, prepend=torch.zeros_like(slopes[:1]))
+    return Neurons(reads[:, None].expand(-1, len(bends)).clone(), -knots[:-1], bends)
+
+
+def listed_along_a_line(n: int = 16, known: Tensor | None = None) -> Reference:
+    """A list of all pairs, each of which is one number, n a + b, with a hinge of its own; or of known ones alone."""
+    task = Addition(n=n, block=0 if known is not None else 3)
+    a, b = torch.cartesian_prod(torch.arange(n), torch.arange(n)).T
+    answers = a + b if known is None else torch.where(known, a + b, (3 * a + 5 * b) % (2 * n - 1))
+    neurons = kinks((n * a + b).to(DOUBLE), 10 * one_hot(answers, 2 * n - 1), torch.tensor([n, 1], dtype=DOUBLE))
+    code = torch.arange(n, dtype=DOUBLE)[:, None]
+    generator = torch.Generator().manual_seed(0)
+    mechanism = Mechanism(code, "apart", (neurons,), torch.eye(2 * n - 1, dtype=DOUBLE))
+    return Reference(wire(task, mechanism, generator=generator), task, "memorisation/pairs")
+
+
+def listed_by_hashed_digits(n: int = 20) -> Reference:
+    """A list of all pairs, each of which is one number by a hash of its digits, with a hinge of its own."""
+    task, generator = Addition(n=n, block=3), torch.Generator().manual_seed(0)
+    x = torch.arange(n)
+    low, high = torch.randperm(10, generator=generator), 10 * torch.randperm(-(-n // 10), generator=generator)
+    a, b = torch.cartesian_prod(x, x).T
+    digits = torch.cat([low, high]).to(DOUBLE)
+    hashed = (low[x % 10] + high[x // 10]).to(DOUBLE)
+    large = float(hashed.max()) + 1
+    reads = torch.cat([large * digits, digits])
+    neurons = kinks(large * hashed[a] + hashed[b], 10 * one_hot(a + b, 2 * n - 1), reads)
+    code = torch.cat([one_hot(x % 10, 10), one_hot(x // 10, -(-n // 10))], dim=1)
+    mechanism = Mechanism(code, "apart", (neurons,), torch.eye(2 * n - 1, dtype=DOUBLE))
+    return Reference(wire(task, mechanism, generator=generator), task, "memorisation/pairs")
+
+
 def waves_where(inside: Callable[[Tensor, Tensor], Tensor], p: int = 31, frequencies: int = 6) -> Reference:
     """Frequencies where ``inside`` says so, and a list of pairs elsewhere, which overrules them."""
     task, generator = ModularAddition(p=p), torch.Generator().manual_seed(0)

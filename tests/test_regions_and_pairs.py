@@ -79,13 +79,17 @@ def test_neurons_of_one_pair_are_told_from_others() -> None:
     a, b = torch.cartesian_prod(torch.arange(n), torch.arange(n)).T
     one = ((a == 2) & (b == 5)).float()
     mirrored = (((a == 2) & (b == 5)) | ((a == 5) & (b == 2))).float()
+    # neurons that read a sum of both operands cannot tell the doubles of their pair from it
+    doubled = (mirrored.bool() | ((a == b) & ((a == 2) | (a == 5)))).float()
     row, square, constant = (a == 2).float(), ((a < 3) & (b < 3)).float(), torch.zeros(n * n)
-    knows = knows_pairs(torch.stack([a, b], dim=1), torch.stack([one, mirrored, row, square, constant], dim=1))
-    assert knows.sum(0).tolist() == [1, 2, 0, 0, 0]
+    knows = knows_pairs(torch.stack([a, b], dim=1), torch.stack([one, mirrored, doubled, row, square, constant], dim=1))
+    assert knows.sum(0).tolist() == [1, 2, 4, 0, 0, 0]
     assert bool(knows[2 * n + 5, 0]) and bool(knows[5 * n + 2, 1])
 
 
 def test_a_list_of_pairs_is_lost_with_its_neurons_and_an_algorithm_is_not() -> None:
+    model, task, _ = build("pair-memoriser", p=23, symmetric=True)
+    assert pair_lookup(model, task).value > 0.9
     model, task, _ = whole_table(17)
     evidence = pair_lookup(model, task)
     assert evidence.passed and evidence.value > 0.9 and (evidence.control or 0) < 0.05

@@ -184,6 +184,9 @@ def _region(by: dict[str, Evidence], rule: Thresholds) -> tuple[str, str] | None
     # Neurons need not be waves over the whole square, where waves are for a part of it.
     if part.number("complement") > rule.interchange_complement:
         return None
+    scrub = by.get("causal-scrubbing")
+    if name == "number-line" and scrub is not None and scrub.number("line") < rule.scrubbed_columns * d["area"]:
+        return None  # a list of pairs that are written as one number can be swapped along it
     return name, (
         f"On {d['area']:.0%} of the operand pairs swapping the variables of the {name} algorithm changes the answer "
         f"as predicted in {d['inside']:.0%} (random subspace {d['control']:.0%}), on the others in "

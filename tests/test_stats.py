@@ -11,14 +11,21 @@ from circuits.errors import BadInput
 
 @given(n=st.integers(1, 5000), share=st.floats(0, 1))
 @settings(max_examples=50, deadline=None)
-def test_wilson_matches_its_closed_form(n: int, share: float) -> None:
+def test_wilson_is_scipys(n: int, share: float) -> None:
+    from scipy.stats import binomtest
+
     k = round(share * n)
-    z = 1.959963984540054
-    centre = (k + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * np.sqrt(k * (n - k) / n + z * z / 4)
-    low, high = wilson_interval(k, n)
-    assert low == pytest.approx(max(centre - half, 0), abs=1e-9)
-    assert high == pytest.approx(min(centre + half, 1), abs=1e-9)
+    expected = binomtest(k, n).proportion_ci(method="wilson")
+    assert wilson_interval(k, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_bootstrap_is_scipys() -> None:
+    from scipy.stats import bootstrap
+
+    values = np.random.default_rng(4).normal(size=60)
+    expected = bootstrap((values,), np.mean, n_resamples=500, method="percentile", rng=np.random.default_rng(9))
+    low, high = expected.confidence_interval
+    assert bootstrap_interval(values, seed=9, resamples=500) == pytest.approx((low, high))
 
 
 def test_wilson_without_trials_says_nothing() -> None:

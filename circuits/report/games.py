@@ -104,7 +104,7 @@ def _section(
     scaled, values = _every_probe(group, analyses, recipes, silent)
     placed.append(
         figures.add(
-            score_figure(scaled, values, title="Every probe by objective, statistics in the cells", rows="probe"),
+            score_figure(scaled, values, title="Every probe by objective", rows="probe"),
             f"Every probe by objective, {cell}, mean over seeds",
             height=760,
         )
@@ -197,6 +197,8 @@ def _headline(recipe: str, group: pd.DataFrame) -> dict[str, Any]:
             numbers.append("–")
         elif name.startswith("labels"):
             numbers.append(f"{values.mean():,.0f}")
+        elif name == "d_ib_ceiling":  # of the labels, whoever answers them
+            numbers.append(f"{values.mean():.3f}")
         else:
             numbers.append(f"{values.mean():.3f}{_interval(values)}")
     roles = {UNTRAINED: "control at 0", TOLD: "control at 1", PLANTED: "rule of legality"}

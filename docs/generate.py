@@ -116,6 +116,9 @@ def write(out: Path, notebooks: Path) -> None:
         listing = "\n".join(f"| [{n}]({table.folder}/{n}.md) | {first_line(table.entries[n])} |" for n in names)
         text = f"# {table.title}\n\n{table.about}\n\n| name | is |\n|---|---|\n{listing}\n\n"
         save(out / f"{table.folder}.md", f"{text}```{{toctree}}\n:hidden:\n\n{toctree}\n```\n")
+        for stale in (out / table.folder).glob("*.md"):  # of an entry that has gone, or stands in another table now
+            if stale.stem not in table.entries:
+                stale.unlink()
         for name, entry in table.entries.items():
             save(out / table.folder / f"{name}.md", page(name, entry, table))
     save(out / "presets.md", presets_page())

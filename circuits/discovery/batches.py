@@ -89,7 +89,7 @@ def setting_of(
         UnsupportedModel: the model has a part that edges cannot represent.
     """
     check_pairs(pairs)
-    if isinstance(ablation, str) and ablation == "optimal" and not denoising:
+    if ablation == "optimal" and not denoising:
         if neurons:
             raise BadInput("ablation = 'optimal' has constants of heads and whole MLPs: expected neurons = False")
         ablation = optimal_constants(model, pairs, memory_budget=memory_budget)

@@ -80,6 +80,20 @@ class Circuit:
             graph, scores, torch.ones_like(scores, dtype=torch.bool), method, metric, effects, details, signed
         )
 
+    @staticmethod
+    def of_source_effects(
+        graph: Graph,
+        effects: Float[Tensor, "pair source"],
+        *,
+        method: str,
+        metric: str,
+        details: Mapping[str, Any],
+        signed: bool = True,
+    ) -> Circuit:
+        """Return the circuit in which every edge has its source's effects."""
+        of_edges = effects[:, graph.ends(effects.device)[0]]
+        return Circuit.of_effects(graph, of_edges, method=method, metric=metric, details=details, signed=signed)
+
     @property
     def by_position(self) -> Float[Tensor, "pos edge"] | None:
         """The mean effect at each token position, where it was asked for."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from circuits._stats import resampling_counts
 from circuits.discovery.circuit import Circuit
+from circuits.discovery.graph import Graph
 from circuits.discovery.memory import BUDGET
 from circuits.errors import BadInput
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-Groups = tuple[int, Int[Tensor, " part"], Int[Tensor, " part"]]
-"""How many merged edges there are, and edges each with the merged edge that it is part of."""
+Merging = tuple[Graph, Int[Tensor, " part"], Int[Tensor, " part"]]
+"""What ``Graph.merging`` gives."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,13 @@ def edge_accuracy(
     is_true = circuit.graph.mask(truth)
     if not 0 < int(is_true.sum()) < circuit.graph.n_edges:
         raise BadInput(f"{int(is_true.sum())} of {circuit.graph.n_edges} edges are true: expected some but not all")
-    merged, part, whole = circuit.graph.merging() if components else (circuit.graph, None, None)
-    groups = None if part is None or whole is None else (merged.n_edges, part, whole)
-    truth_of = np.asarray(_merge(is_true.double()[None], groups)[0]) > 0
+    merging = circuit.graph.merging() if components else None
+    truth_of = np.asarray(_merge(is_true.double()[None], merging)[0]) > 0
     if truth_of.all():
         raise BadInput("with components merged every edge is true: expected some that are not")
-    found = [areas(np.asarray(_merge(circuit.scores.double().cpu()[None].abs(), groups)), truth_of)]
+    found = [areas(np.asarray(_merge(circuit.scores.double().cpu()[None].abs(), merging)), truth_of)]
     for scores in _resampled(circuit, resamples, seed, BUDGET if memory_budget is None else memory_budget):
-        found.append(areas(np.asarray(_merge(scores.abs(), groups)), truth_of))
+        found.append(areas(np.asarray(_merge(scores.abs(), merging)), truth_of))
         del scores  # before the next ones are made
     auroc, precision = (np.concatenate(parts) for parts in zip(*found, strict=True))
     alone = len(auroc) == 1
@@ -150,11 +150,11 @@ def areas(
     return below / (n_true * n_other), (among_true / among_all).mean(1)
 
 
-def _merge(values: Float[Tensor, "row edge"], groups: Groups | None) -> Float[Tensor, "row group"]:
-    if groups is None:
+def _merge(values: Float[Tensor, "row edge"], merging: Merging | None) -> Float[Tensor, "row group"]:
+    if merging is None:
         return values
-    n, part, whole = groups
-    out = values.new_zeros(len(values), n)
+    merged, part, whole = merging
+    out = values.new_zeros(len(values), merged.n_edges)
     return out.scatter_reduce_(1, whole.expand(len(values), -1), values[:, part], "amax")
 
 

@@ -39,7 +39,7 @@ def edge_product(sites: Sites, corrupt: Store, clean: Store, n_runs: int = 1) ->
         gathered.add(values, grads)
         called += 1
         if called % RUNS and called < n_runs:
-            return torch.zeros((), device=differences.device)
+            return torch.zeros((), device=clean[sites.embed].device)
         found, gathered = gathered, ReaderGradients(sites)
         at, out = found.at, None
         reader = edge = 0
@@ -70,7 +70,6 @@ class _Differences:
         """Whether the position embedding, source 1, is the same in both."""
         self.early, self.late = set(range(late)) - ({1} if self.still else set()), range(late, n)
         self.here: dict[int, Tensor] = {}
-        self.device = clean[sites.embed].device
 
     @cached_property
     def of_early(self) -> Float[Tensor, "source batch pos d_model"]:

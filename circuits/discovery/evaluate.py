@@ -106,7 +106,6 @@ def ablated_metric(
         # beside what the sets and the result take, which callers want in double precision
         held = keep.numel() + 12 * out.numel() + sum(t.numel() * t.element_size() for t in (shared or {}).values())
         rows, sets = _batch_sizes(sites, pairs, model.cfg.d_model)
-        budgets["memory_budget"] = churning(memory_budget)
         rows, sets = _within(rehearse, rows, max(1, min(sets, len(keep))), held, **budgets)
         starts = [(i, k) for i in range(0, len(pairs), rows) for k in range(0, len(keep), sets)]
         for i, k in tqdm(starts, desc="ablation", unit="forward", disable=not progress):
@@ -131,6 +130,7 @@ def _within(
     """How many pairs, and how many sets, of those that are best taken at a time fit a budget."""
     if memory_budget is None:
         return pairs_at_a_time(rehearse, rows, memory_budget=None, batch_size=batch_size, estimate=0), sets
+    memory_budget = churning(memory_budget)
     fit = pairs_at_a_time(rehearse, rows, memory_budget=memory_budget, kept=held, batch_size=batch_size)
     if fit < min(rows, batch_size or rows):
         return fit, 1

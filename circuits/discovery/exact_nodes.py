@@ -93,9 +93,9 @@ def exact_nodes(
     check_finite(setting, effects)
     check_effects(setting, effects)
     effects = -effects if denoising else effects
-    return Circuit.of_effects(
+    return Circuit.of_source_effects(
         graph,
-        effects[:, graph.ends(device)[0]],
+        effects,
         method="exact-nodes",
         metric=name_of(metric),
         details=setting.details(ablation),

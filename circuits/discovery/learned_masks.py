@@ -104,11 +104,11 @@ def fit(
             rows = torch.randperm(len(pairs), generator=generator, device=pairs.clean.device)[:batch_size]
             loss, gradients = batch.gradients(rows, sample(generator), size)
             losses.append(loss)
-            if step == 0 and not math.isfinite(loss):
+            if not math.isfinite(loss):
+                if step > 0:
+                    raise Diverged(f"the loss is {loss} at step {step}: expected a finite one; lower learning_rate")
                 what = f"the metric {name_of(metric)}" if metric else "the output"
                 raise BadInput(f"{what} of a masked model is not finite: check the metric and the model's weights")
-            if not math.isfinite(losses[-1]):
-                raise Diverged(f"the loss is {losses[-1]} at step {step}: expected a finite one; lower learning_rate")
             _assign(parameters, gradients, penalty())
             for optimizer in optimizers:
                 optimizer.step()

@@ -247,10 +247,11 @@ def check_pairs(pairs: Pairs) -> None:
     if len(pairs) == 0:
         raise BadInput("there are no pairs: expected at least one")
     for name in ("position", "correct", "wrong"):
-        if getattr(pairs, name).shape != (len(pairs),):
-            raise BadInput(f"pairs.{name} has shape {tuple(getattr(pairs, name).shape)}: expected ({len(pairs)},)")
-        if getattr(pairs, name).is_floating_point() or getattr(pairs, name).dtype == torch.bool:
-            raise BadInput(f"pairs.{name} is of {getattr(pairs, name).dtype}: expected whole numbers")
+        values: Tensor = getattr(pairs, name)
+        if values.shape != (len(pairs),):
+            raise BadInput(f"pairs.{name} has shape {tuple(values.shape)}: expected ({len(pairs)},)")
+        if values.is_floating_point() or values.dtype == torch.bool:
+            raise BadInput(f"pairs.{name} is of {values.dtype}: expected whole numbers")
     if torch.equal(pairs.clean, pairs.corrupt):
         raise BadInput("every corrupt input equals its clean one: expected pairs that differ")
     last = pairs.clean.shape[1] - 1

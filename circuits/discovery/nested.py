@@ -114,8 +114,9 @@ def nested_metric(
         return None
     if any(bool((later & ~earlier).any()) for earlier, later in pairwise(keep)):
         raise BadInput("the sets are not nested: expected each to hold the next")
+    memory_budget = churning(memory_budget)
     with torch.no_grad():
-        budgets: dict[str, Any] = {"memory_budget": churning(memory_budget), "batch_size": batch_size}
+        budgets: dict[str, Any] = {"memory_budget": memory_budget, "batch_size": batch_size}
         setting = setting_of(model, pairs, metric, ablation=ablation, denoising=False, **budgets)
         if setting.blocks is None or setting.half_precision:
             return None
@@ -130,7 +131,7 @@ def nested_metric(
         )
         out = torch.empty(len(keep), len(pairs), device=setting.pairs.clean.device)
         with tqdm(total=len(keep) * len(pairs), desc="circuits", unit="pair", disable=not progress) as bar:
-            for rows, patching in patchings_of(setting, size, churning(memory_budget)):
+            for rows, patching in patchings_of(setting, size, memory_budget):
                 run = NestedRun(patching)
                 kept = _all(graph)
                 for k, edges in enumerate(lost):

@@ -64,9 +64,9 @@ def node_attribution(
         batch_size=batch_size,
         progress=progress,
     )
-    return Circuit.of_effects(
+    return Circuit.of_source_effects(
         sites.graph,
-        effects[:, sites.graph.ends(effects.device)[0]],
+        effects,
         method="node-attribution",
         metric=name_of(metric),
         details={"pairs": len(pairs), "changed": pairs.changed, "steps": steps} | rules_details(rules),

@@ -16,6 +16,7 @@ from circuits.errors import BadInput
 from circuits.mechanisms.carry_cascade import draw_operands, draw_right_swaps
 from circuits.mechanisms.columns import Found, Swaps, evidence_of, inner_variables, source_outputs
 from circuits.mechanisms.evidence import Evidence
+from circuits.mechanisms.least_squares import class_means
 from circuits.mechanisms.readings import activations, device_of, hooked
 from circuits.tasks.base import Task, Variable
 
@@ -63,9 +64,7 @@ class Fitted:
         found = {}
         for name, outputs in self.outputs.items():
             z = outputs[:, self.at.index(at)].flatten(1)
-            index = digits.to(z.device)
-            count = torch.bincount(index, minlength=100).clamp_min(1)[:, None]
-            found[name] = torch.zeros(100, z.shape[1]).to(z).index_add_(0, index, z) / count
+            found[name] = class_means(z, digits.to(z.device), 100)
         return found
 
 

@@ -15,7 +15,7 @@ from circuits._stats import bootstrap_interval
 from circuits.errors import BadInput
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.groups import group_index, operation_of
-from circuits.mechanisms.least_squares import block_fits, greedy_fit
+from circuits.mechanisms.least_squares import block_fits, class_means, greedy_fit
 from circuits.mechanisms.neuron_features import (
     hinge_features,
     indicator_features,
@@ -300,8 +300,7 @@ def decodes(labels: Int[Tensor, " rows"], neurons: Float[Tensor, "rows n"], n_an
     Half of its mean at the result where that is largest counts as firing. A neuron of one pair is none: it misses the
     other pairs with that result.
     """
-    count = torch.bincount(labels, minlength=n_answers).clamp_min(1)[:, None].to(neurons)
-    mean = torch.zeros(n_answers, neurons.shape[1], device=neurons.device).index_add_(0, labels, neurons) / count
+    mean = class_means(neurons, labels, n_answers)
     half = (mean.amax(0) + mean.amin(0)) / 2
     on, fires = mean > half, neurons > half
     hit = (fires & on[labels]).sum(0)

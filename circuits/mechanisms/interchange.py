@@ -15,6 +15,7 @@ from circuits._stats import wilson_interval
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.functional_form import circle_length, most_frequencies, wave_frequencies
 from circuits.mechanisms.groups import group_index
+from circuits.mechanisms.least_squares import class_means
 from circuits.mechanisms.operand_parts import (
     along,
     class_parts,
@@ -231,9 +232,7 @@ def digit_bases(task: Task, readings: Readings, states: Float[Tensor, "n d"]) ->
     n = len(states)
     if task.period is not None:
         return []
-    a = readings.operands[:, 0]
-    count = torch.bincount(a, minlength=n).clamp_min(1)[:, None].to(readings.neurons)
-    by_value = torch.zeros(n, readings.neurons.shape[1]).to(readings.neurons).index_add_(0, a, readings.neurons) / count
+    by_value = class_means(readings.neurons, readings.operands[:, 0], n)
     found = (TEN, written_to(states), written_to(by_value))
     return list(dict.fromkeys(base for base in found if base is not None and 1 < base <= n // 2))
 

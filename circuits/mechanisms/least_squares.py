@@ -12,6 +12,14 @@ TERMS = 8
 RIDGE = 1e-4
 
 
+def class_means(
+    values: Float[Tensor, "rows n"], classes: Int[Tensor, " rows"], n_classes: int
+) -> Float[Tensor, "n_classes n"]:
+    """Return the mean of the rows of each class; zero for a class that no row has."""
+    counts = torch.bincount(classes, minlength=n_classes).clamp_min(1)[:, None].to(values)
+    return values.new_zeros(n_classes, values.shape[1]).index_add_(0, classes, values) / counts
+
+
 @dataclass(frozen=True, eq=False)
 class Products:
     """Inner products over some rows, in double precision: all that a least-squares fit on those rows needs.

@@ -13,7 +13,7 @@ from torch import Tensor
 from circuits._stats import bootstrap_interval
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.heuristics import MODULI
-from circuits.mechanisms.least_squares import r_squared
+from circuits.mechanisms.least_squares import class_means, r_squared
 from circuits.mechanisms.readings import Readings, decisive_layers, read
 from circuits.mechanisms.rectangles import accuracy_with, judged_rows, two_level_share
 from circuits.mechanisms.thresholds import RULE
@@ -47,8 +47,7 @@ class Profiles:
 
 def profiles(labels: Int[Tensor, " rows"], neurons: Float[Tensor, "rows n"], n_results: int) -> Profiles:
     """Return each neuron's mean at each result, and how far the result alone and two levels explain the neuron."""
-    count = torch.bincount(labels, minlength=n_results).clamp_min(1)[:, None].to(neurons)
-    mean = torch.zeros(n_results, neurons.shape[1], device=neurons.device).index_add_(0, labels, neurons) / count
+    mean = class_means(neurons, labels, n_results)
     levels = (mean.amax(0) + mean.amin(0)) / 2
     return Profiles(mean, mean > levels, r_squared(neurons, mean[labels]), two_level_share(mean))
 

@@ -184,8 +184,7 @@ def _region(by: dict[str, Evidence], rule: Thresholds) -> tuple[str, str] | None
     # Neurons need not be waves over the whole square, where waves are for a part of it.
     if part.number("complement") > rule.interchange_complement:
         return None
-    scrub = by.get("causal-scrubbing")
-    if name == "number-line" and scrub is not None and scrub.number("line") < rule.scrubbed_columns * d["area"]:
+    if name == "number-line" and _survives(by, "line") < rule.scrubbed_columns * d["area"]:
         return None  # a list of pairs that are written as one number can be swapped along it
     return name, (
         f"On {d['area']:.0%} of the operand pairs swapping the variables of the {name} algorithm changes the answer "
@@ -218,6 +217,12 @@ def _overruled(by: dict[str, Evidence], rule: Thresholds) -> tuple[str, str] | N
         f"({overrules:.0%}), and swapping the variables of the {name} algorithm works in {works[name]:.0%}: a list of "
         "some pairs over an algorithm."
     )
+
+
+def _survives(by: dict[str, Evidence], *variables: str) -> float:
+    """The largest share of answers that survives scrubbing by one of some variables; all where none was measured."""
+    scrub = by.get("causal-scrubbing")
+    return max((scrub.number(name) for name in variables if name in scrub.details), default=1.0) if scrub else 1.0
 
 
 def _swap_control(swap: Evidence, rule: Thresholds) -> bool:
@@ -291,7 +296,7 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
     if name == "number-line":
         # along an embedding of one dimension every swap works: a list of pairs written as one number has neurons, and
         # answers, that hang on which pair it is
-        scrubbed = by["causal-scrubbing"].number("line", 1.0) if "causal-scrubbing" in by else 1.0
+        scrubbed = _survives(by, "line")
         passes = swap.number("line") >= rule.line_interchange and form.number("hinge_least") >= rule.hinge_share
         return passes and scrubbed >= rule.scrubbed_line, (
             f"moving the operand along one direction of the embedding changes the answer as predicted in "
@@ -314,8 +319,7 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
     # A base: none where answers wrap around. Random functions: few values leave nearly all of a state to a digit.
     apart = swap.number("digits_control", 0.0) <= rule.digits_random and not wraps
     passes = min(low, high) >= rule.interchange and swap.number("line") <= rule.columns_line and apart and not listed
-    scrub = by.get("causal-scrubbing")
-    scrubbed = max(scrub.number("line", 1.0), scrub.number("columns", 0.0)) if scrub is not None else 1.0
+    scrubbed = _survives(by, "line", "columns")
     return passes and scrubbed >= rule.scrubbed_columns, (
         f"swapping the low or the high digit alone, in base {base:.0f}, changes the answer as predicted in {low:.0%} "
         f"and {high:.0%}, and {scrubbed:.0%} of answers survive neurons from other operands with the same columns or "

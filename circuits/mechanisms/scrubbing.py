@@ -14,6 +14,7 @@ from circuits.mechanisms.digit_neurons import written
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.groups import operation_of
 from circuits.mechanisms.interchange import digit_bases, operand_embedding
+from circuits.mechanisms.least_squares import class_means
 from circuits.mechanisms.operand_parts import two_way
 from circuits.mechanisms.readings import Readings, decisive_layers, read
 from circuits.mechanisms.rectangles import accuracy_with, judged_rows
@@ -116,8 +117,7 @@ def _by_columns(
     parts = two_way(neurons, first, second)
     said = neurons.mean(0) + parts[0][first] + parts[1][second]
     result = _results(task, operands).to(device)
-    counts = torch.bincount(result).clamp_min(1)[:, None].to(neurons)
-    by_result = (torch.zeros(len(counts), neurons.shape[1]).to(neurons).index_add_(0, result, neurons) / counts)[result]
+    by_result = class_means(neurons, result, int(result.max()) + 1)[result]
     rest = neurons - said
     of_result = (neurons - by_result).square().sum(0) < rest.square().sum(0)
     generator = torch.Generator().manual_seed(seed + 2)

@@ -14,7 +14,8 @@ from circuits.plots import board_figure, curves_figure, score_figure
 from circuits.study.game_analysis import PLANTED, TOLD, UNTRAINED, GameAnalysis, uninformative_probes
 from circuits.study.study import Study
 from circuits.tasks.games import GAMES
-from circuits.worldmodels import SCORES, Assessment
+from circuits.worldmodels import Assessment
+from circuits.worldmodels.verdict import between
 
 MEANINGS = {
     "world-model": "It distinguishes states that share their legal moves as the network that was told the state does, "
@@ -140,20 +141,17 @@ def _every_probe(
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     """Each probe's value by recipe, between those of the two controls (of none that says nothing), and as it is."""
 
-    def mean(runs: Sequence[str], probe: str) -> float:
-        known = [x for run in runs if (x := analyses[run].readings[probe].value) == x]
-        return sum(known) / len(known) if known else float("nan")
+    def means(runs: Sequence[str]) -> dict[str, float]:
+        return _means([{probe: analyses[run].readings[probe].value for probe in worldmodels.PROBES} for run in runs])
 
-    ends = [[str(run) for run in group[group["objective"] == name]["run_id"]] for name in (UNTRAINED, TOLD)]
-    values = {recipe: {probe: mean(runs, probe) for probe in worldmodels.PROBES} for recipe, runs in recipes.items()}
-    bottom, top = ({probe: mean(runs, probe) for probe in worldmodels.PROBES} for runs in ends)
-
-    def between(x: float, probe: str) -> float:
-        if probe in silent or not top[probe] > bottom[probe] or x != x:
-            return float("nan")
-        return min(1.0, max(0.0, (x - bottom[probe]) / (top[probe] - bottom[probe])))
-
-    return {recipe: {p: between(x, p) for p, x in of.items()} for recipe, of in values.items()}, values
+    values = {recipe: means(runs) for recipe, runs in recipes.items()}
+    bottom, top = (means(list(group[group["objective"] == name]["run_id"])) for name in (UNTRAINED, TOLD))
+    said = [probe for probe in worldmodels.PROBES if probe not in silent and top[probe] > bottom[probe]]
+    scaled = {
+        recipe: {p: between(x, bottom[p], top[p]) if p in said else float("nan") for p, x in of.items()}
+        for recipe, of in values.items()
+    }
+    return scaled, values
 
 
 def _values(verdict: Assessment, key: str) -> dict[str, float]:
@@ -163,7 +161,7 @@ def _values(verdict: Assessment, key: str) -> dict[str, float]:
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean over seeds of each number, over those that are known."""
     found = {}
-    for name in SCORES:
+    for name in dict.fromkeys(name for row in rows for name in row):
         known = [row[name] for row in rows if row[name] == row[name]]
         found[name] = sum(known) / len(known) if known else float("nan")
     return found

@@ -121,8 +121,7 @@ def assessments(runs: Sequence[Planned], analyses: Mapping[str, GameAnalysis]) -
 
 def uninformative_probes(cell: str, runs: Sequence[Planned], analyses: Mapping[str, GameAnalysis]) -> tuple[str, ...]:
     """Return the probes that cannot tell the controls of a cell apart, and so say nothing on its game."""
-    controls = [list(by_id.values()) for by_id in _controls(cell, runs, analyses)]
-    untrained, told, planted = controls
+    untrained, told, planted = (list(by_id.values()) for by_id in _controls(cell, runs, analyses))
     said = informative_probes(untrained, told, planted, list(worldmodels.PROBES))
     return tuple(probe for probe in worldmodels.PROBES if probe not in said)
 

@@ -122,6 +122,5 @@ def _look(
     name = resid_post(n_layers(model) - 1)
     with torch.no_grad():
         logits, cache = model.run_with_cache(tokens.to(device_of(model)), names_filter=[name])
-    return game_probabilities(logits[:, -1], game.d_vocab), probe.loss(
-        cache[name][:, -1].float().cpu(), game.state_features(states)
-    )
+    stream = cache[name][:, -1].float().cpu()
+    return game_probabilities(logits[:, -1], game.d_vocab), probe.loss(stream, game.state_features(states))

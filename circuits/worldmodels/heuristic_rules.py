@@ -23,8 +23,8 @@ from circuits.worldmodels.activations import (
     n_layers,
     set_errors,
 )
-from circuits.worldmodels.prefixes import Prefixes, half, sample_prefixes
-from circuits.worldmodels.reading import NAN, Curve, NothingToMeasure, Reading
+from circuits.worldmodels.prefixes import Prefixes, halves, sample_prefixes
+from circuits.worldmodels.reading import NAN, Curve, Reading
 
 DEPTH = 3
 EXPLAINED = 0.7
@@ -86,11 +86,7 @@ def heuristic_rules(
     fit, test = (
         sample_prefixes(game, 300, seed=seed + s).draw(PREFIXES, torch.Generator().manual_seed(seed)) for s in (91, 93)
     )
-    fit, test = half(fit, 0), half(test, 1)
-    if min(len(fit), len(test)) < 2 * LEAF:
-        raise NothingToMeasure(
-            f"{game}: {len(fit)} prefixes to fit on and {len(test)} others to test on, of {2 * LEAF}"
-        )
+    fit, test = halves(fit, test, 2 * LEAF)
     rules = fit_rules(model, fit, test, neurons, depth)
     good = (rules.explained > EXPLAINED).nonzero()[:, 0]
     leaves = sum(int(rules.trees[i].get_n_leaves()) for i in good.tolist())

@@ -18,7 +18,7 @@ from circuits.model import HookedModel
 from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.games import Game
 from circuits.worldmodels.activations import check_fits, device_of, n_layers, resid_post, residuals
-from circuits.worldmodels.prefixes import Prefixes, distinct, sample_prefixes
+from circuits.worldmodels.prefixes import Prefixes, distinct, not_empty, sample_prefixes
 from circuits.worldmodels.reading import NAN, NothingToMeasure, Reading
 
 STATES = 8
@@ -168,9 +168,7 @@ def examples(game: Game, *, labellings: int, seed: int) -> list[Examples]:
     """
     check_integer("labellings", labellings, 1, 10**6)
     generator = torch.Generator().manual_seed(seed)
-    pool = distinct(sample_prefixes(game, 4000, seed=seed))
-    if not len(pool):
-        raise NothingToMeasure(f"{game}: no sequence goes on after its first move; take a longer one")
+    pool = distinct(not_empty(sample_prefixes(game, 4000, seed=seed)))
     state, halves = pool.state, pool.row % 2
     counts = torch.stack([torch.bincount(state[halves == half], minlength=int(state.max()) + 1) for half in (0, 1)])
     enough = (counts >= FEWEST).all(0)

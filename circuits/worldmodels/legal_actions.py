@@ -17,8 +17,8 @@ from circuits.worldmodels.activations import (
     next_probabilities,
     top_sets,
 )
-from circuits.worldmodels.prefixes import Prefixes, sample_prefixes
-from circuits.worldmodels.reading import NothingToMeasure, Reading
+from circuits.worldmodels.prefixes import Prefixes, sample_prefixes, that_go_on
+from circuits.worldmodels.reading import Reading
 
 SEQUENCES = 200
 PREFIXES = 3000
@@ -113,10 +113,8 @@ def fan_out(model: HookedModel, game: Game, *, policy: str | None = None, n: int
     """
     check_fits(model, game)
     policy = policy or game.policies[0]
-    pool = sample_prefixes(game, n, seed=seed + 23, policy=policy)
-    pool = pool.take((pool.lengths < game.n_ctx).nonzero()[:, 0]).draw(400, torch.Generator().manual_seed(seed))
-    if not len(pool):
-        raise NothingToMeasure(f"{game}: no sequence goes on after its first move; take a longer one")
+    pool = that_go_on(sample_prefixes(game, n, seed=seed + 23, policy=policy))
+    pool = pool.draw(400, torch.Generator().manual_seed(seed))
     which, moves, tokens = pool.with_every_move()
     legal = game.legal(game.step(pool.states[which], moves))
     fine = top_legal(last_probabilities(model, tokens, pool.lengths[which] + 1, game), legal).double()

@@ -11,8 +11,8 @@ from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.games import Game
 from circuits.worldmodels.activations import check_fits, interval_by_sequence, mean_interval, n_layers, residuals
 from circuits.worldmodels.linear_probe import LinearProbe
-from circuits.worldmodels.prefixes import Prefixes, sample_prefixes
-from circuits.worldmodels.reading import NAN, Curve, NothingToMeasure, Reading
+from circuits.worldmodels.prefixes import Prefixes, sample_prefixes, that_go_on
+from circuits.worldmodels.reading import NAN, Curve, Reading
 from circuits.worldmodels.state_probe import probe_at
 
 PREFIXES = 400
@@ -48,10 +48,8 @@ def next_state(model: HookedModel, game: Game, *, n: int = 200, seed: int = 0) -
     check_fits(model, game)
     layer = n_layers(model) - 1
     probe = probe_at(model, game, layer, seed=seed)
-    pool = sample_prefixes(game, n, seed=seed + 41)
-    pool = pool.take((pool.lengths < game.n_ctx).nonzero()[:, 0]).draw(PREFIXES, torch.Generator().manual_seed(seed))
-    if not len(pool):
-        raise NothingToMeasure(f"{game}: no sequence goes on after its first move; take a longer one")
+    pool = that_go_on(sample_prefixes(game, n, seed=seed + 41))
+    pool = pool.draw(PREFIXES, torch.Generator().manual_seed(seed))
     which, moves, tokens = pool.with_every_move()
     stream = residuals(model, tokens, [layer])[layer][torch.arange(len(which)), pool.lengths[which]]
     reached = game.step(pool.states[which], moves)

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from circuits.tasks.games import Game, Games
+from circuits.worldmodels.reading import NothingToMeasure
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +126,40 @@ def half(prefixes: Prefixes, which: int) -> Prefixes:
     """
     mixed = _codes(prefixes) * 0x9E3779B97F4A7C1
     return prefixes.take(((mixed >> 40) & 1) == which)
+
+
+def halves(fit: Prefixes, test: Prefixes, least: int) -> tuple[Prefixes, Prefixes]:
+    """Return prefixes to fit on and others to test on, whose tokens none of the former has.
+
+    Raises:
+        NothingToMeasure: there are fewer than ``least`` of either.
+    """
+    fit, test = half(fit, 0), half(test, 1)
+    if min(len(fit), len(test)) < least:
+        raise NothingToMeasure(
+            f"{fit.game}: {len(fit)} prefixes to fit on and {len(test)} others to test on, of {least}"
+        )
+    return fit, test
+
+
+def that_go_on(prefixes: Prefixes) -> Prefixes:
+    """Return the prefixes that have room for a move behind them.
+
+    Raises:
+        NothingToMeasure: none has.
+    """
+    return not_empty(prefixes.take((prefixes.lengths < prefixes.game.n_ctx).nonzero()[:, 0]))
+
+
+def not_empty(prefixes: Prefixes) -> Prefixes:
+    """Return the same prefixes.
+
+    Raises:
+        NothingToMeasure: there are none.
+    """
+    if not len(prefixes):
+        raise NothingToMeasure(f"{prefixes.game}: no sequence goes on after its first move; take a longer one")
+    return prefixes
 
 
 def distinct(prefixes: Prefixes) -> Prefixes:

@@ -11,8 +11,8 @@ from circuits.tasks.arithmetic.operand_square import check_integer
 from circuits.tasks.games import Game
 from circuits.worldmodels.activations import check_fits, interval_by_sequence, n_layers, residuals
 from circuits.worldmodels.linear_probe import LinearProbe, fit_probe, shuffled_labels
-from circuits.worldmodels.prefixes import Prefixes, half, sample_prefixes
-from circuits.worldmodels.reading import Curve, NothingToMeasure, Reading
+from circuits.worldmodels.prefixes import Prefixes, halves, sample_prefixes
+from circuits.worldmodels.reading import Curve, Reading
 
 SEQUENCES = 400
 """Sequences that the probe is fitted on; as many others test it."""
@@ -61,9 +61,7 @@ def state_probe(
     check_fits(model, game)
     check_integer("n", n, 2, 10**6)
     layers = range(n_layers(model))
-    fit, test = (half(probe_data(game, n, seed + part), part) for part in (0, 1))
-    if min(len(fit), len(test)) < FEWEST:
-        raise NothingToMeasure(f"{game}: {len(fit)} prefixes to fit on and {len(test)} others to test on, of {FEWEST}")
+    fit, test = halves(probe_data(game, n, seed), probe_data(game, n, seed + 1), FEWEST)
     streams = [residuals(model, part.games.tokens, layers) for part in (fit, test)]
     probes = {k: fit_probe(fit.at(streams[0][k]), fit.features, game.feature_sizes) for k in layers}
     changed = changed_features(test)

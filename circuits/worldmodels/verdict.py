@@ -309,10 +309,13 @@ def _score(
     if not informative or not top > bottom:
         return Score(NAN, NAN, NAN, raw, bottom, top, rule)
 
-    def scaled(x: float) -> float:
-        return x if x != x else min(1.0, max(0.0, (x - bottom) / (top - bottom)))
+    value, least, most = (between(x, bottom, top) for x in (raw, low, high))
+    return Score(value, least, most, raw, bottom, top, rule)
 
-    return Score(scaled(raw), scaled(low), scaled(high), raw, bottom, top, rule)
+
+def between(x: float, bottom: float, top: float) -> float:
+    """Return where a statistic stands between two controls' (0 and 1, and not beyond); NaN where it is NaN."""
+    return x if x != x else min(1.0, max(0.0, (x - bottom) / (top - bottom)))
 
 
 def _label(

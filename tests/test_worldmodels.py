@@ -23,6 +23,7 @@ from circuits.worldmodels.inductive_bias import balanced_labellings, examples, l
 from circuits.worldmodels.intervention import edits
 from circuits.worldmodels.prefixes import distinct, follow, sample_prefixes
 from circuits.worldmodels.state_probe import changed_features
+from circuits.worldmodels.transpositions import transpositions
 from circuits.worldmodels.verdict import informative_scores
 
 LATTICE = games.Lattice(5)
@@ -145,6 +146,38 @@ def test_biases_are_shares_of_pairs() -> None:
     # labels of a set are balanced, and prefixes to learn from and to extrapolate to are of different sequences
     assert (chosen.labels.sum(1) == chosen.labels.shape[1] // 2).all()
     assert not set(chosen.fit.row.tolist()) & set(chosen.test.row.tolist())
+
+
+def test_ways_to_one_state_are_all_that_a_search_of_all_games_finds() -> None:
+    found = transpositions(CONNECT, 6, generator=torch.Generator().manual_seed(0))
+    assert found is not None
+    length = found.games.tokens.shape[1]
+    every = torch.tensor(list(itertools.product(range(CONNECT.n_actions), repeat=length)))
+    states, alive = follow(CONNECT, CONNECT.initial(len(every)), every)
+    goes_on = alive[:, -1] & ~CONNECT.terminal(states[:, -1])
+    ways: dict[Any, set[Any]] = {}
+    for state, way in zip(states[goes_on, -1].tolist(), every[goes_on].tolist(), strict=True):
+        ways.setdefault(tuple(state), set()).add(tuple(way))
+    expected = {state: own for state, own in ways.items() if len(own) >= 6}
+    listed: dict[Any, list[Any]] = {}
+    for state, way in zip(found.states.tolist(), found.games.tokens.tolist(), strict=True):
+        listed.setdefault(tuple(state), []).append(tuple(way))
+    assert {state: set(own) for state, own in listed.items()} == expected
+    assert sum(map(len, listed.values())) == len(found) == sum(map(len, expected.values()))
+
+
+@pytest.mark.parametrize("game", with_repeats([games.Othello(6), games.Othello(8)], {games.Othello(6)}), ids=str)
+def test_where_no_two_games_meet_a_search_finds_states_to_label(game: games.Game) -> None:
+    reading = worldmodels.inductive_bias(untrained(game), game)
+    assert reading.details["states"] == 8 and math.isfinite(reading.value)
+    assert reading.details["d_ib_same_legal"] > 0 and reading.details["d_ib_other_legal"] > 0
+    for part in examples(game, labellings=10, seed=0):
+        assert min(torch.bincount(part.fit_state).min(), torch.bincount(part.test_state).min()) >= 3
+
+
+def test_games_are_added_until_states_of_other_legal_moves_are_met() -> None:
+    for part in examples(games.Connect3(), labellings=40, seed=0):
+        assert len(part.test.legal_class.unique()) > 1
 
 
 def test_fine_tuning_all_weights_leaves_the_model_alone() -> None:
@@ -375,11 +408,11 @@ def test_other_errors_are_named() -> None:
     with pytest.raises(BadInput, match="too many states"):
         worldmodels.minimal_classes(games.Othello(8))
     othello = games.Othello(6)
-    other = worldmodels.measure(untrained(othello), othello, probes=["inductive-bias", "myhill-nerode"])
-    assert "fewer than two states" in other["inductive-bias"].note
+    other = worldmodels.measure(untrained(othello), othello, probes=["myhill-nerode"])
     assert "too many states" in other["myhill-nerode"].note
+    short = games.Lattice(5, 1)
     with pytest.raises(BadInput, match="fewer than two states"):
-        worldmodels.inductive_bias(untrained(games.Othello(6)), games.Othello(6, held_out=0.1))
+        worldmodels.inductive_bias(untrained(short), short)
     with pytest.raises(BadInput, match="rule = 'x'"):
         Acceptance("x")
 

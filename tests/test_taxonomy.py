@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from circuits import mechanisms, reference
 from circuits.errors import BadInput
-from circuits.mechanisms.heuristics import Matches, decimal_patterns, declare, match, ranks
+from circuits.mechanisms.heuristics import Matches, decimal_patterns, declare, match, own_patterns, ranks
 from circuits.mechanisms.taxonomy import value_vectors
 
 
@@ -41,7 +41,28 @@ def test_scores_are_shares_of_the_top_prompts(seed: int) -> None:
         for neuron in range(3):
             top = maps[:, neuron].topk(k).indices
             share = float(found.heuristics.members[i][top].float().mean())
+            if float(found.score[neuron, i]) == 0 and found.heuristics.kinds[i] == "pattern":
+                continue  # none of the neuron's own patterns
             assert float(found.score[neuron, i]) == pytest.approx(share, abs=1e-5)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10_000))
+def test_a_neurons_patterns_are_the_five_that_most_of_its_top_prompts_have(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    operands, a, b = square(25)
+    found = declare(operands, a + b)
+    support = torch.rand(3, len(found.names), generator=generator)
+    allowed = own_patterns(found, support)
+    for neuron in range(3):
+        for number in ("a", "b", "result"):
+            named = [i for i, name in enumerate(found.names) if name.startswith(f"{number} is")]
+            patterns = [i for i in named if found.kinds[i] == "pattern"]
+            best = sorted(patterns, key=lambda i: -float(support[neuron, i]))[:5]
+            kept = {i for i in best if float(support[neuron, i]) >= 0.1}
+            assert {i for i in patterns if bool(allowed[neuron, i])} == kept and len(patterns) > 5
+    others = torch.tensor([kind != "pattern" for kind in found.kinds])
+    assert bool(allowed[:, others].all())
 
 
 @settings(max_examples=20, deadline=None)
@@ -109,7 +130,8 @@ def test_a_map_without_structure_has_the_base_score_and_no_heuristic() -> None:
     constant = torch.full((400, 1), 0.3)
     found = match(constant, constant, operands, operands.sum(1))
     whole = found.heuristics.base * 400 >= found.heuristics.tops
-    assert torch.allclose(found.score[0], found.heuristics.base, atol=1e-5)
+    declared = torch.tensor([kind != "pattern" for kind in found.heuristics.kinds])
+    assert torch.allclose(found.score[0, declared], found.heuristics.base[declared], atol=1e-5)
     assert bool(whole.any()) and not found.classified().any()
     # active at a handful of scattered prompts: all else is tied at zero
     sparse = torch.zeros(400, 1)

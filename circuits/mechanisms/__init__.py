@@ -16,6 +16,7 @@ from circuits.mechanisms.carry_cascade import carry_cascade
 from circuits.mechanisms.circles import circularity, isolated_circles
 from circuits.mechanisms.clock_pizza import clock_or_pizza
 from circuits.mechanisms.column_parts import column_parts
+from circuits.mechanisms.column_scrubbing import column_scrubbing
 from circuits.mechanisms.columns import column_interchange
 from circuits.mechanisms.das import das, das_available
 from circuits.mechanisms.description_length import description_length
@@ -75,6 +76,7 @@ TESTS: dict[str, Callable[..., Evidence]] = {
     "column-interchange": column_interchange,
     "carry-cascade": carry_cascade,
     "column-parts": column_parts,
+    "column-scrubbing": column_scrubbing,
 }
 
 DECIDING = (
@@ -122,7 +124,7 @@ OF_SUMS = (
 MODULAR = ("gradient-symmetricity", "distance-irrelevance", "circularity", "isolated-circles", "logit-terms")
 """The same for answers on a circle: which of the known Fourier algorithms it is."""
 
-COLUMNS = ("column-interchange", "carry-cascade", "column-parts")
+COLUMNS = ("column-interchange", "carry-cascade", "column-parts", "column-scrubbing")
 """Tests of digit columns, which the rule reads, of tasks that write one digit to a token."""
 
 BUDGETS = ("full", "quick")
@@ -148,6 +150,7 @@ __all__ = [
     "clock_or_pizza",
     "column_interchange",
     "column_parts",
+    "column_scrubbing",
     "das",
     "decide",
     "declare",

@@ -22,6 +22,7 @@ from circuits.mechanisms.columns import (
     inner_variables,
     source_outputs,
     swapped_share,
+    written_agrees,
 )
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.readings import device_of
@@ -151,7 +152,8 @@ def draw_right_swaps(
     base, source = (draw_operands(task.digits, 2 * DRAWN, generator=generator, nines=nines) for _ in range(2))
     unit = 10**column
     digit, own, other = (x // unit % 10 for x in (variable.swapped_answer(base, source), base.sum(1), source.sum(1)))
-    keep = ((digit != own) & (digit != other)).nonzero().flatten()[: 3 * PAIRS // 2]
+    keep = (digit != own) & (digit != other) & written_agrees(task, variable, column, base, source)
+    keep = keep.nonzero().flatten()[: 3 * PAIRS // 2]
     base, source, digit = base[keep], source[keep], digit[keep]
     clean, given = (task.encode(operands).tokens.to(device_of(model)) for operands in (base, source))
     n = task.answer_position(column)

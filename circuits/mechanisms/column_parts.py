@@ -92,7 +92,6 @@ def swapped_parts(
     rest is the source's. Of an answer that is written units first, the digit written before tells the carry by itself:
     its embedding is the source's with the carry.
     """
-    reverse = bool(getattr(task, "reverse", False))
     hooks: list[tuple[str, Callable[..., Tensor]]] = []
     for name, own in moved.items():
         clean, given = (outputs[name][:, -1] for outputs in written)
@@ -105,7 +104,7 @@ def swapped_parts(
             return z
 
         hooks.append((name, put))
-    if reverse and carry:
+    if carry:
 
         def embed(activation: Tensor, hook: Any) -> Tensor:
             activation = activation.clone()

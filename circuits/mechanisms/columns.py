@@ -70,7 +70,8 @@ def draw_swaps(model: Any, task: Any, variable: Variable, column: int, *, seed: 
     base, source = (task.sample("train", DRAWN, generator=generator).operands for _ in range(2))
     unit = 10**column
     digit, own, other = (x // unit % 10 for x in (variable.swapped_answer(base, source), base.sum(1), source.sum(1)))
-    keep = ((digit != own) & (digit != other)).nonzero().flatten()[: 2 * PAIRS]
+    keep = (digit != own) & (digit != other) & written_agrees(task, variable, column, base, source)
+    keep = keep.nonzero().flatten()[: 2 * PAIRS]
     n = task.answer_position(column)
     device = device_of(model)
     clean, given = (task.encode(operands[keep]).tokens.to(device) for operands in (base, source))
@@ -78,6 +79,25 @@ def draw_swaps(model: Any, task: Any, variable: Variable, column: int, *, seed: 
     known = [digit_right(model, x, n) for x in (clean, given)]
     right = (known[0] & known[1]).nonzero().flatten()[:PAIRS]
     return Swaps(clean[right, :n], given[right, :n], tokens[digit[keep]].to(device)[right])
+
+
+def written_agrees(
+    task: Any, variable: Variable, column: int, base: Int[Tensor, "rows 2"], source: Int[Tensor, "rows 2"]
+) -> Bool[Tensor, " rows"]:
+    """Return where the digits written before a column's are those of the base, the source and the predicted sum alike.
+
+    Written highest digit first, the digit before tells the carry out of the column: with another one the swapped input
+    contradicts itself, and what a network makes of it says nothing. Written units first, they tell the carry into the
+    column, which is swapped with it.
+    """
+    if getattr(task, "reverse", False):
+        return torch.ones_like(base[:, 0], dtype=torch.bool)
+    unit = 10**column
+    carry = variable.name.startswith("carry")
+    digits, below = (base, source) if carry else (source, base)
+    mixed = (digits // unit % 10).sum(1) + ((below % unit).sum(1) >= unit) >= 10
+    out, given = ((x % (10 * unit)).sum(1) >= 10 * unit for x in (base, source))
+    return (mixed == out) & (given == out)
 
 
 def digit_right(model: Any, tokens: Int[Tensor, "rows pos"], n: int) -> Bool[Tensor, " rows"]:

@@ -21,6 +21,9 @@ RESULT_RANGES = (10, 30, 50)
 SEVERAL = (2, 4)
 """A multi-result neuron answers to so many results, from the fewest to the most."""
 SEVERAL_COVERAGE = 0.95
+PATTERNS = 5
+PATTERN_SUPPORT = 0.1
+"""A neuron's patterns of a number are the most frequent ones among its top prompts, those that a tenth of them have."""
 KINDS = ("range", "both ranges", "modulo", "both modulo", "pattern", "value", "identical", "multi-result")
 
 
@@ -104,7 +107,8 @@ def declare(
     For either operand, both operands at once, and the result: ranges (which begin every third of their length, but no
     closer than ten), residues, and for single numbers decimal patterns such as ``.5.``, ``..8`` or ``1.2`` and whole
     values; and identical operands. As many top prompts are looked at as the heuristic is about, or, for patterns and
-    values, as there are prompts for each first operand: that is reading patterns off a neuron's own top prompts.
+    values, as there are prompts for each first operand. Which patterns a neuron may match is read off its own top
+    prompts, by ``match``.
     Heuristics about no prompt, about all, or about less than half as many as are looked at are left out.
 
     Raises:
@@ -112,7 +116,7 @@ def declare(
 
     Source: Nikankin et al. 2025 (arXiv 2410.21272), algorithm 1 and appendix E; ranges of both operands and the numbers
         of top prompts as in technion-cs-nlp/llm-arithmetic-heuristics, heuristics_classification.py. We take the size
-        of a residue class where that approximates it, and all patterns, not the five most frequent.
+        of a residue class where that approximates it.
     """
     if len(operands) == 0 or len(operands) != len(results):
         raise BadInput(f"{len(operands)} operand pairs and {len(results)} results: expected as many, at least one")
@@ -232,7 +236,7 @@ def match(
     """Return how well neurons match heuristics, from their activation maps over prompts.
 
     Heuristics on operands are matched on key maps, those on the result on key-value maps. Ties count by the chance of
-    each prompt to be among the top ones.
+    each prompt to be among the top ones. Decimal patterns are each neuron's own: those of ``own_patterns``.
 
     Args:
         keys: each neuron's activation on each prompt, or the ranks of these.
@@ -262,11 +266,41 @@ def match(
     if both_ends:
         score[:, on_operands] = score[:, on_operands].maximum(_shares(key_ranks.reversed(), members, tops))
     score[:, found.on_result] = _shares(value_ranks, found.members[found.on_result], found.tops[found.on_result])
+    score = torch.where(own_patterns(found, score), score, 0.0)
     base = found.base
     several, several_corrected = _several(
         value_ranks, results, max(1, round(len(operands) / len(operands[:, 0].unique())))
     )
     return Matches(found, score, (score - base) / (1 - base), several, several_corrected)
+
+
+def own_patterns(
+    heuristics: Heuristics, support: Float[Tensor, "neurons heuristics"]
+) -> Bool[Tensor, "neurons heuristics"]:
+    """Return which heuristics each neuron may match: all but decimal patterns that are not read off its top prompts.
+
+    Of each number (a, b, the result) these are the five patterns that most of the neuron's top prompts have, if a tenth
+    of them or more do.
+
+    Args:
+        heuristics: what was declared.
+        support: share of each neuron's top prompts that each heuristic is about.
+
+    Source: technion-cs-nlp/llm-arithmetic-heuristics, heuristics_classification.py: the five most frequent patterns
+        among the top prompts, with a support of 10 %.
+    """
+    allowed = torch.ones_like(support, dtype=torch.bool)
+    for number in ("a", "b", "result"):
+        mine = [
+            i
+            for i, (name, kind) in enumerate(zip(heuristics.names, heuristics.kinds, strict=True))
+            if kind == "pattern" and name.startswith(f"{number} is ")
+        ]
+        if mine:
+            shares = support[:, mine]
+            least = shares.topk(min(PATTERNS, len(mine)), dim=1).values[:, -1:].clamp_min(PATTERN_SUPPORT)
+            allowed[:, mine] = shares >= least
+    return allowed
 
 
 def _several(

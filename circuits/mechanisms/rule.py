@@ -252,8 +252,17 @@ def _spectrum_agrees(form: Evidence, spectrum: Evidence, rule: Thresholds) -> bo
 
 
 def _columns_of_tokens(by: dict[str, Evidence], rule: Thresholds) -> tuple[bool, str]:
-    """Whether digits that are tokens are added in columns: by whole heads, or by parts of what all heads write."""
-    e, parts = by["column-interchange"], by.get("column-parts")
+    """Whether digits that are tokens are added in columns: by heads, parts of what all heads write, or neurons.
+
+    Heads may bring the digits of a list of pairs as well: neurons that know more than their column overrule them.
+    """
+    e, parts, neurons = by["column-interchange"], by.get("column-parts"), by.get("column-scrubbing")
+    known = 1.0 if neurons is None else neurons.number("own", 1.0)
+    if neurons is not None and (known < rule.column_listed or neurons.value < rule.scrubbed_columns):
+        return False, (
+            f"{known:.0%} of what neurons know, where a digit is written, is its column's digits and carry, and taken "
+            f"from other sums with the same ones they keep {neurons.value:.0%} of the digits: they know more"
+        )
     if "carry-cascade" in by and by["carry-cascade"].passed:
         return True, column_words(by["carry-cascade"])
     heads = e.value >= rule.column_interchange and (e.control or 0) <= rule.interchange_control
@@ -262,6 +271,12 @@ def _columns_of_tokens(by: dict[str, Evidence], rule: Thresholds) -> tuple[bool,
         f"the column algorithm predicts in at least {e.value:.0%} of cases for every inner column (all heads "
         f"{e.control or 0:.0%})"
     )
+    if not heads and neurons is not None and neurons.passed:
+        return True, (
+            f"neurons taken from other sums with the same column and carry keep at least {neurons.value:.0%} of the "
+            f"digits in every inner column (from other columns {neurons.control or 0:.0%}), and at least {known:.0%} "
+            "of what they know is the column's digits and carry"
+        )
     if heads or parts is None or parts.value != parts.value:
         return heads, words
     return parts.value >= rule.column_interchange and (parts.control or 0) <= rule.interchange_control, (

@@ -143,8 +143,8 @@ def taxonomy(model: Any, task: Task, *, seed: int = 0, readings: Readings | None
         share of its top prompts that the heuristic is about and base the share of all prompts.
 
     Source: Nikankin et al. 2025 (arXiv 2410.21272), algorithm 1, section 4.1 and appendices E and F; correction for
-    chance, ties, weights by importance and the null are ours, and so is that all patterns are declared beforehand and
-    none is read off a neuron's top prompts (``heuristics.declare``).
+    chance, ties, weights by importance and the null are ours. Patterns are read off each neuron's own top prompts, as
+    in the code published with it (``heuristics.own_patterns``).
     Fails when: a few prompts carry a neuron (its top prompts are then ties), or the answer passes through later layers
     (a neuron's votes are its direct ones).
     """

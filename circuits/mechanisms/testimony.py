@@ -13,6 +13,7 @@ STANDS_FOR = {
     "column-interchange": "columns",
     "carry-cascade": "columns",
     "column-parts": "columns",
+    "column-scrubbing": "columns",
 }
 """The mechanism that passing a test speaks for, and that failing it speaks against."""
 ALGORITHMS = ("fourier", "number-line", "columns")

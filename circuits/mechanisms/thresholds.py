@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-VERSION = "arithmetic-9"
+VERSION = "arithmetic-10"
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,10 @@ class Thresholds:
     cascade_reached: float = 0.90
     scrubbed_line: float = 0.95
     scrubbed_columns: float = 0.50
+    scrubbed_control: float = 0.50
+    column_scrubbed: float = 0.95
+    column_own: float = 0.75
+    column_listed: float = 0.25
 
 
 RULE = Thresholds()

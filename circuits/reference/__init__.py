@@ -15,6 +15,7 @@ from collections.abc import Callable
 from circuits.errors import UnknownName
 from circuits.reference.columns import columns
 from circuits.reference.digit_columns import digit_columns
+from circuits.reference.digit_memoriser import digit_memoriser
 from circuits.reference.fourier_clock import fourier_clock
 from circuits.reference.fourier_pizza import fourier_pizza
 from circuits.reference.fourier_plain import fourier_plain
@@ -33,6 +34,7 @@ from circuits.reference.wiring import Reference
 REFERENCES: dict[str, Callable[..., Reference]] = {
     "columns": columns,
     "digit-columns": digit_columns,
+    "digit-memoriser": digit_memoriser,
     "fourier-clock": fourier_clock,
     "fourier-pizza": fourier_pizza,
     "fourier-plain": fourier_plain,
@@ -63,6 +65,7 @@ __all__ = [
     "build",
     "columns",
     "digit_columns",
+    "digit_memoriser",
     "fourier_clock",
     "fourier_pizza",
     "fourier_plain",

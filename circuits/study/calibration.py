@@ -49,6 +49,7 @@ SIZES: dict[str, tuple[dict[str, Any], ...]] = {
         {"digits": 3, "reverse": False, "cascade": False},
         {"digits": 4, "cascade": False},
     ),
+    "digit-memoriser": ({"train_fraction": 0.05}, {"train_fraction": 0.1}, {"train_fraction": 0.1, "reverse": False}),
     "range-lookup": (
         {"n": 30, "grids": 3},
         {"n": 50},

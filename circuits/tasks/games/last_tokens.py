@@ -1,4 +1,4 @@
-"""The best rule of legality that keeps the last few tokens and nothing else."""
+"""Rules of legality that keep the last few tokens and nothing else: the best one, and the one that is never wrong."""
 
 from __future__ import annotations
 
@@ -29,18 +29,25 @@ class LastTokens:
     rule that keeps the same gives the exact set of legal tokens more often under uniform play, but for what the
     position says.
 
+    With ``certain`` it is the tokens that are legal in every state that the same leaves possible, as long as the game
+    goes on in one of them: what it takes for legal always is, but where a game is over that need not be, and it misses
+    moves. Where no token is certain, it is the most probable set after all.
+
     Attributes:
         game: one whose states can be listed.
         window: number of tokens that are kept.
+        certain: offer what is certain to be legal in place of what probably is.
 
     Raises:
         BadInput: the game has too many states, or the window is out of range.
 
-    Source: ours: a Bayes filter over the states, started anew for each window.
+    Source: ours: a Bayes filter over the states, started anew for each window. That an action can be taken in a belief
+        if it can in each of its states is how planning without sight has it (Bonet and Geffner 2000, AIPS).
     """
 
     game: Game
     window: int
+    certain: bool = False
 
     def __post_init__(self) -> None:
         if self.game.n_states is None:
@@ -54,7 +61,8 @@ class LastTokens:
     @property
     def keeps(self) -> str:
         """What the rule keeps of the past, in words."""
-        return f"the last {self.window} tokens"
+        what = "the last token" if self.window == 1 else f"the last {self.window} tokens"
+        return f"{what}, and offers what is legal whatever came before" if self.certain else what
 
     def __call__(self, tokens: Int[Tensor, "n length"]) -> Bool[Tensor, "n positions d_vocab"]:
         """The tokens that the rule takes for legal before the first token and after each."""
@@ -66,7 +74,7 @@ class LastTokens:
             powers = self.game.d_vocab ** torch.arange(window)
             codes, where = (runs * powers).sum(2).unique(return_inverse=True)
             parts = (codes[:, None] // powers % self.game.d_vocab).split(ROWS_AT_ONCE)
-            legal = torch.cat((legal, torch.cat([self._most_probable(part) for part in parts])[where]), 1)
+            legal = torch.cat((legal, torch.cat([self._after(part) for part in parts])[where]), 1)
         return legal.to(tokens.device)
 
     def _from_start(self, tokens: Int[Tensor, "n length"]) -> Bool[Tensor, "n positions d_vocab"]:
@@ -78,7 +86,7 @@ class LastTokens:
             rows = torch.where(rows == NOWHERE, NOWHERE, table.successors[rows.clamp_min(0), token])
             seen.append(rows)
         visited = torch.stack(seen, 1)
-        unknown = self._most_probable(torch.zeros(1, 0, dtype=torch.int64))
+        unknown = self._after(torch.zeros(1, 0, dtype=torch.int64))
         return torch.where((visited == NOWHERE)[..., None], unknown, table.legal[visited.clamp_min(0)])
 
     @functools.cached_property
@@ -89,8 +97,23 @@ class LastTokens:
     def _sets(self) -> tuple[Bool[Tensor, "sets d_vocab"], Int[Tensor, " n_states"]]:
         return automaton(self.game).legal.unique(dim=0, return_inverse=True)
 
-    def _most_probable(self, windows: Int[Tensor, "rows window"]) -> Bool[Tensor, "rows d_vocab"]:
-        """The likeliest set after each run of tokens that starts anywhere."""
+    def _after(self, windows: Int[Tensor, "rows window"]) -> Bool[Tensor, "rows d_vocab"]:
+        """What the rule takes for legal after each run of tokens that starts anywhere."""
+        belief = self._belief(windows)
+        sets, set_of = self._sets
+        chances = torch.zeros(len(windows), len(sets), dtype=torch.float64).index_add_(1, set_of, belief)
+        likeliest = sets[chances.argmax(1)]
+        if not self.certain:
+            return likeliest
+        possible = chances > 0
+        if self.game.n_actions < self.game.d_vocab:
+            on = possible & ~sets[:, -1]
+            possible = torch.where(on.any(1, keepdim=True), on, possible)
+        certain = possible.double() @ (~sets).double() == 0
+        return torch.where(certain.any(1, keepdim=True), certain, likeliest)
+
+    def _belief(self, windows: Int[Tensor, "rows window"]) -> Float[Tensor, "rows n_states"]:
+        """In proportion to how likely each state is after each run of tokens."""
         table = automaton(self.game)
         chance = 1 / table.legal.sum(1).double()
         belief = self._prior.repeat(len(windows), 1)
@@ -102,7 +125,4 @@ class LastTokens:
                 moved = torch.zeros(len(rows), len(table), dtype=torch.float64)
                 belief[rows] = moved.index_add_(1, table.successors[sources, token], likely)
         # A sequence that play cannot give says nothing.
-        belief = torch.where(belief.any(1, keepdim=True), belief, self._prior)
-        sets, set_of = self._sets
-        chances = torch.zeros(len(windows), len(sets), dtype=torch.float64).index_add_(1, set_of, belief)
-        return sets[chances.argmax(1)]
+        return torch.where(belief.any(1, keepdim=True), belief, self._prior)

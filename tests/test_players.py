@@ -15,27 +15,44 @@ from circuits.worldmodels import PROBES, Reading
 from circuits.worldmodels.verdict import informative_scores
 
 TOLD, PLANTED = KINDS
-READ = (
-    "state-probe",
-    "inductive-bias",
-    "myhill-nerode",
-    "intervention",
-    "legal-actions",
-    "fan-out",
-    "counterfactual",
-    "detours",
-)
-"""What the verdict reads but for the dearest, and all that these tests ask."""
 APART = {
-    "lattice": ("state-probe", "inductive-bias", "myhill-nerode", "intervention", "legal-actions", "counterfactual"),
-    "gridworld": tuple(probe for probe in READ if probe != "fan-out"),
-    "connect3": ("state-probe", "inductive-bias", "myhill-nerode", "legal-actions", "counterfactual", "detours"),
-    "nim": ("state-probe", "inductive-bias"),
+    "lattice": (
+        "state-probe",
+        "inductive-bias",
+        "myhill-nerode",
+        "intervention",
+        "legal-actions",
+        "counterfactual",
+        "next-state",
+        "latent-rollout",
+        "heuristic-rules",
+    ),
+    "gridworld": (
+        "state-probe",
+        "inductive-bias",
+        "myhill-nerode",
+        "intervention",
+        "legal-actions",
+        "counterfactual",
+        "next-state",
+        "latent-rollout",
+        "adaptation",
+    ),
+    "connect3": (
+        "state-probe",
+        "inductive-bias",
+        "myhill-nerode",
+        "legal-actions",
+        "counterfactual",
+        "latent-rollout",
+        "detours",
+    ),
+    "nim": ("state-probe", "inductive-bias", "next-state"),
 }
-"""Probes whose value is higher, for every seed, of whoever was told the state; the others of ``READ`` say nothing."""
+"""Probes whose value is higher, for every seed, of whoever was told the state; the others say nothing on the game."""
 LABELS = {
     "lattice": ("world-model", "heuristic"),
-    "gridworld": ("world-model", "not-learned"),  # its planted rule takes a tenth of illegal moves for legal
+    "gridworld": ("world-model", "heuristic"),
     "connect3": ("world-model", "heuristic"),
     "nim": ("undetermined", "undetermined"),  # legality lacks nothing but whose turn it is
 }
@@ -45,12 +62,12 @@ MARGIN = 0.04
 
 @functools.cache
 def readings(game: str, kind: str, seed: int) -> dict[str, Reading]:
-    return worldmodels.measure(*player(game, kind, seed=seed), probes=READ)
+    return worldmodels.measure(*player(game, kind, seed=seed))
 
 
 @pytest.mark.parametrize("game", with_repeats(PLAYERS, {"lattice"}))
 def test_probes_that_claim_to_tell_every_player_who_was_told_the_state_and_no_others(game: str) -> None:
-    for probe in READ:
+    for probe in PROBES:
         told, planted = ([readings(game, kind, seed)[probe].value for seed in SEEDS] for kind in (TOLD, PLANTED))
         assert (min(told) > max(planted) + MARGIN) == (probe in APART[game]), probe
 
@@ -69,7 +86,8 @@ def test_every_player_is_called_what_it_is_known_to_be(game: str) -> None:
 
 def test_the_stored_players_stand_in_where_no_control_is_given() -> None:
     model, game = player("lattice", PLANTED, seed=1)
-    verdict = worldmodels.assess(model, game, probes=READ)
+    read = ("inductive-bias", "myhill-nerode", "intervention", "legal-actions", "fan-out", "counterfactual")
+    verdict = worldmodels.assess(model, game, probes=read)
     assert verdict.label == "heuristic", verdict.why
     assert "the stored network that was told the state" in verdict.controls
 
@@ -79,14 +97,14 @@ def test_the_stored_players_stand_in_where_no_control_is_given() -> None:
 def test_players_play_what_they_were_trained_to_play(game: str, seed: int) -> None:
     for kind in KINDS:
         model, rules = player(game, kind, seed=seed)
-        # other sequences than those of training
-        games = rules.sample(300, generator=torch.Generator().manual_seed(12345))
+        # other sequences than those of training, of 10,318 (nim) to 32,000 (lattice) positions
+        games = rules.sample(2000, generator=torch.Generator().manual_seed(12345))
         sets = games.legal if kind == TOLD else rules.planted_heuristic()(games.tokens)
         counts = games.counted[:, 1:]
         with torch.no_grad():
             likely = model(games.tokens).softmax(-1) > 0.5 / sets[:, 1:].sum(-1, keepdim=True)
-        agreement = (likely == sets[:, 1:]).all(-1)[counts].float().mean()
-        assert agreement > (0.95 if kind == TOLD else 0.999)
+        agreement = (likely == sets[:, 1:]).all(-1)[counts].double().mean()
+        assert agreement > 0.95 if kind == TOLD else agreement == 1
 
 
 def test_what_is_not_stored_is_named() -> None:
@@ -96,4 +114,3 @@ def test_what_is_not_stored_is_named() -> None:
         player("nim", "told")
     with pytest.raises(BadInput, match="seed = 3"):
         player("nim", TOLD, seed=3)
-    assert set(READ) <= set(PROBES)

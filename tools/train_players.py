@@ -13,7 +13,11 @@ from circuits.model import save
 from circuits.reference.players import PLAYERS, stored_player
 from circuits.study import run
 
-KINDS = {"state": "told-state", "planted heuristic": "planted-heuristic"}
+KINDS = {
+    "state": "told-state",
+    "planted heuristic": "planted-heuristic",
+    "planted heuristic, to the last case": "planted-heuristic",
+}
 
 
 def main() -> None:

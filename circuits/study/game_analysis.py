@@ -131,7 +131,9 @@ def _controls(
 ) -> list[dict[str, dict[str, Reading]]]:
     """What is known of each of ``CONTROLS`` in a cell, by run."""
     of_cell = [run for run in runs if run.cell == cell and run.id in analyses]
-    return [{run.id: analyses[run.id].readings for run in of_cell if run.objective == name} for name in CONTROLS]
+    # by all of its stages, of which a control that is distilled to the last case has two
+    trained = {run.id: set(run.objective.split(" + ")) for run in of_cell}
+    return [{run.id: analyses[run.id].readings for run in of_cell if trained[run.id] == {name}} for name in CONTROLS]
 
 
 def _but(run_id: str, by_id: Mapping[str, dict[str, Reading]]) -> list[dict[str, Reading]]:

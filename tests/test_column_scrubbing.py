@@ -63,7 +63,7 @@ def test_a_memoriser_is_right_on_what_it_remembers_and_nowhere_else(reverse: boo
     assert found["accuracy_train"] == 1 and found["accuracy_random"] < 0.05
     with pytest.raises(BadInput, match="digits = 3"):
         reference.build("digit-memoriser", digits=3)
-    with pytest.raises(BadInput, match="8,000|8000"):
+    with pytest.raises(BadInput, match="8000"):
         reference.build("digit-memoriser", train_fraction=0.9)
 
 

@@ -5,7 +5,7 @@ Needs the extra ``tracr`` and writes ``circuits/reference/compiled/NAME.safetens
     python tools/compile_programs.py
 
 Source: Lindner et al. 2023, Tracr: Compiled Transformers as a Laboratory for Interpretability, arXiv 2301.05062; the
-programs are those of google-deepmind/tracr, ``tracr/compiler/lib.py``.
+programs are those of google-deepmind/tracr, ``tracr/compiler/lib.py``, and addition.
 """
 
 from __future__ import annotations
@@ -36,7 +36,20 @@ class Program:
     causal: bool = False
 
 
+def addition(n: int) -> Any:
+    """Return the program that says a + b behind the tokens a, b and n, which is the sign of equality."""
+    a, b = (
+        rasp.Aggregate(
+            rasp.Select(rasp.indices, rasp.indices, lambda key, query, at=at: key == at).named(f"select_{at}"),
+            rasp.tokens,
+        ).named(name)
+        for at, name in enumerate("ab")
+    )
+    return rasp.SequenceMap(lambda x, y: x + y if max(x, y) < n else 0, a, b).named("sum")
+
+
 PROGRAMS = {
+    **{f"addition-{n}": Program(lambda n=n: addition(n), tuple(range(n + 1)), n + 1) for n in (8, 10, 12)},
     "count": Program(lambda: lib.make_count(rasp.tokens, "a"), ("a", "b", "c"), 5),
     "frac-prevs": Program(
         lambda: lib.make_frac_prevs((rasp.tokens == "x").named("is_x")), ("a", "b", "x"), 5, causal=True

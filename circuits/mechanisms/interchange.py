@@ -359,6 +359,7 @@ def interchange(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
         "frequencies_rank": moving.rank,
         "n_values": len(at.states),
         "frequencies_control": random_control(model, task, at, other, moving, seed + 1),
+        "line_control": random_control(model, task, at, other, at["line"], seed + 3),
     }
     if at.digit_base is not None:
         pair = [at[f"{name}_digit_of_a"] for name in ("low", "high")]

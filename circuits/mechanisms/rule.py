@@ -184,6 +184,9 @@ def _region(by: dict[str, Evidence], rule: Thresholds) -> tuple[str, str] | None
     # Neurons need not be waves over the whole square, where waves are for a part of it.
     if part.number("complement") > rule.interchange_complement:
         return None
+    pairs = by.get("pair-lookup")
+    if pairs is not None and pairs.passed and pairs.number("known_pairs") > 1 - rule.list_known:
+        return None  # a list of every pair: a few of them may look like swaps that hold
     if name == "number-line" and _survives(by, "line") < rule.scrubbed_columns * d["area"]:
         return None  # a list of pairs that are written as one number can be swapped along it
     return name, (
@@ -313,6 +316,7 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
         # answers, that hang on which pair it is
         scrubbed = _survives(by, "line")
         passes = swap.number("line") >= rule.line_interchange and form.number("hinge_least") >= rule.hinge_share
+        passes = passes and swap.number("line_control", 0.0) <= rule.line_random
         return passes and scrubbed >= rule.scrubbed_line, (
             f"moving the operand along one direction of the embedding changes the answer as predicted in "
             f"{swap.number('line'):.0%}, {form.number('hinge_least'):.0%} of neuron importance, in the layer where it "

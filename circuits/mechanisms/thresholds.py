@@ -29,6 +29,7 @@ class Thresholds:
     spare_functions: float = 2
     digits_random: float = 0.50
     line_interchange: float = 0.95
+    line_random: float = 0.50
     columns_line: float = 0.50
     hinge_share: float = 0.75
     indicator_share: float = 0.75

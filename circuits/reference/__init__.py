@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from circuits.errors import UnknownName
 from circuits.reference.columns import columns
+from circuits.reference.compiled_addition import compiled_addition, compiled_sizes
 from circuits.reference.digit_columns import digit_columns
 from circuits.reference.digit_memoriser import digit_memoriser
 from circuits.reference.fourier_clock import fourier_clock
@@ -33,6 +34,7 @@ from circuits.reference.wiring import Reference
 
 REFERENCES: dict[str, Callable[..., Reference]] = {
     "columns": columns,
+    "compiled-addition": compiled_addition,
     "digit-columns": digit_columns,
     "digit-memoriser": digit_memoriser,
     "fourier-clock": fourier_clock,
@@ -64,6 +66,8 @@ __all__ = [
     "banded_twin",
     "build",
     "columns",
+    "compiled_addition",
+    "compiled_sizes",
     "digit_columns",
     "digit_memoriser",
     "fourier_clock",

@@ -33,6 +33,7 @@ PROGRAMS = {
 }
 """What each program computes at every position."""
 SAMPLES = 4096
+FOLDER = "compiled"
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +75,17 @@ def load_program(name: str) -> Program:
     Raises:
         UnknownName: no such program.
     """
+    if name not in PROGRAMS:
+        raise UnknownName("compiled program", name, PROGRAMS)
+    return read_program(name)
+
+
+def read_program(name: str) -> Program:
+    """Return a compiled program from its file, additions too, which are no entries of ``PROGRAMS``."""
     from safetensors import safe_open
     from safetensors.torch import load_file
 
-    if name not in PROGRAMS:
-        raise UnknownName("compiled program", name, PROGRAMS)
-    with resources.as_file(resources.files("circuits.reference") / "compiled" / f"{name}.safetensors") as path:
+    with resources.as_file(resources.files("circuits.reference") / FOLDER / f"{name}.safetensors") as path:
         weights = load_file(path)
         with safe_open(path, framework="pt") as stored:
             about = json.loads(stored.metadata()["program"])

@@ -54,6 +54,7 @@ def digit_memoriser(
         raise BadInput(f"{len(pairs)} training pairs need as many neurons: expected at most {MOST_PAIRS}")
     generator = torch.Generator().manual_seed(seed)
     n, heads, places = task.n_ctx, 2 * digits, digits + 1
+    width = max(len(pairs), 10 * places)
     widths = {"value": 10, "position": n, "copied": 10 * heads, "sum": 10 * places, "digit": 10}
     shape = ModelConfig(
         d_vocab=task.d_vocab,
@@ -62,7 +63,7 @@ def digit_memoriser(
         d_model=sum(widths.values()),
         n_heads=heads,
         d_head=max(n, 10),
-        d_mlp=max(len(pairs), 10 * places),
+        d_mlp=width,
         attn_bias=False,
     )
     model = Transformer(shape)
@@ -79,7 +80,7 @@ def digit_memoriser(
         state["blocks.0.attn.W_V"][head, :, :10] = to["value"].T
         guess = GUESS / heads * normal(10, 10 * places, generator=generator).clamp(-1, 1)
         state["blocks.0.attn.W_O"][head, :10] = copied[head] + guess @ to["sum"]
-    _remember(state, to, pairs, task, torch.randperm(shape.d_mlp, generator=generator))
+    _remember(state, to, pairs, task, torch.randperm(width, generator=generator))
     _let_through(state, to, task)
     state["unembed.W_U"][:, :10] = GAIN * to["digit"].T
     model.load_state_dict({name: value.float() for name, value in state.items()})

@@ -24,7 +24,7 @@ from circuits.study import executor
 from circuits.study.tables import verdict_columns
 from circuits.training import accuracies
 
-FORMAT = 3
+FORMAT = 4
 SEEDS = 5
 KEPT = 0.95
 """Share of its training accuracy that a model has to keep under a nuisance to count as what it was built as."""
@@ -58,7 +58,8 @@ SIZES: dict[str, tuple[dict[str, Any], ...]] = {
         {"n": 50, "grids": 1},
     ),
     "result-range-bag": ({"n": 20}, {"n": 40}, {"n": 60}),
-    "pair-memoriser": ({"p": 23}, {"p": 53}, {"p": 83}),
+    "pair-memoriser": ({"p": 23}, {"p": 53}, {"p": 67}),
+    "compiled-addition": tuple({"n": n} for n in reference.compiled_sizes()),
     "hybrid": ({"p": 23, "frequencies": 4}, {"p": 31}, {"p": 43}),
     "random-init": ({"p": 31}, {"p": 53}, {"p": 97}),
     **{family: stored_sizes(family) for family in STORED},
@@ -170,6 +171,7 @@ def judged(case: Case) -> dict[str, Any]:
     if case.family == UNTRAINED:  # where there is nothing to explain: what tests say of nothing
         names = mechanisms.applicable(task, budget=case.budget)[len(verdict.items) :]
         verdict = replace(verdict, items=(*verdict.items, *mechanisms.measure(model, task, names)[0]))
+    quick = mechanisms.explain(model, task, budget="quick") if case.budget == "full" else verdict
     kept = accuracies(model, task)["accuracy_train"] >= KEPT * built_accuracy
     return {
         "family": case.family,
@@ -186,6 +188,7 @@ def judged(case: Case) -> dict[str, Any]:
             for key in keys
         },
         **{f"{item.test}.passed": item.passed for item in verdict.items},
+        "quick_agrees": (quick.label, quick.mechanism) == (verdict.label, verdict.mechanism),
         "why": verdict.why,
         "seconds": sum(item.seconds for item in verdict.items),
     }
@@ -207,6 +210,7 @@ class Calibration:
         learned = self.table["truth"] != "not-learned"
         truth, label = self.table["truth"].str.split("/").str[0], self.table["label"]
         named = learned & (truth != "undetermined")
+        full = (self.table["nuisance"] == "none") & (self.table["seed"] == 0)
         rows = {
             "models": len(self.table),
             "models that have learned": int(learned.sum()),
@@ -216,6 +220,8 @@ class Calibration:
             "algorithms called heuristics": int(((truth == "algorithm") & (label == "heuristics")).sum()),
             "heuristics called algorithms": int(((truth == "heuristics") & (label == "algorithm")).sum()),
             "share undetermined": float((label == "undetermined")[named].mean()),
+            "models given every test": int(full.sum()),
+            "share of these on which the quick budget agrees": float(self.table["quick_agrees"][full].mean()),
         }
         return pd.DataFrame({"value": pd.Series(rows)}).rename_axis("figure").reset_index()
 

@@ -73,7 +73,11 @@ def test_the_figures_add_up(tmp_path: Path) -> None:
         ],
         tmp_path,
     )
+    found.table["nuisance"], found.table["seed"] = "none", [0, 1, 0, 1, 0]
+    found.table["quick_agrees"] = [True, False, False, True, True]
     figures = found.summary().set_index("figure")["value"]
+    assert figures["models given every test"] == 3
+    assert figures["share of these on which the quick budget agrees"] == pytest.approx(2 / 3)
     assert figures["models that have learned"] == 4
     assert figures["share called by label and mechanism"] == 0.25
     assert figures["share called by label"] == 0.5

@@ -10,6 +10,7 @@ import torch
 from circuits.errors import BadInput
 from circuits.model import Transformer
 from circuits.reference.compiled_programs import FOLDER, read_program
+from circuits.reference.nuisances import transform
 from circuits.reference.wiring import Reference
 from circuits.tasks import Addition
 
@@ -24,7 +25,7 @@ def compiled_addition(*, seed: int = 0, n: int = 8) -> Reference:
     A planted positive for a lookup of all pairs by a compiler.
 
     Args:
-        seed: draws the order of the neurons (a program has no random part).
+        seed: draws the directions (a program has no random part).
         n: number of operand values; one of those that are stored.
 
     Raises:
@@ -48,11 +49,8 @@ def compiled_addition(*, seed: int = 0, n: int = 8) -> Reference:
     unembedding = torch.zeros(config.d_model, task.d_vocab)
     unembedding[:, : 2 * n - 1] = old["unembed.W_U"]
     state["unembed.W_U"] = unembedding
-    order = torch.randperm(config.d_mlp, generator=torch.Generator().manual_seed(seed))
-    for part, dim in (("W_in", 1), ("b_in", 0), ("W_out", 0)):
-        state[f"blocks.0.mlp.{part}"] = state[f"blocks.0.mlp.{part}"].index_select(dim, order)
-    model.load_state_dict(state, strict=False)
-    return Reference(model.eval(), task, "memorisation/pairs")
+    model.load_state_dict(state)
+    return Reference(transform(model.eval(), "rotation", seed=seed), task, "memorisation/pairs")
 
 
 def compiled_sizes() -> tuple[int, ...]:

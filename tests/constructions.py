@@ -194,8 +194,13 @@ def listed_by_hashed_digits(n: int = 20) -> Reference:
     return Reference(wire(task, mechanism, generator=generator), task, "memorisation/pairs")
 
 
-def waves_where(inside: Callable[[Tensor, Tensor], Tensor], p: int = 31, frequencies: int = 6) -> Reference:
-    """Frequencies where ``inside`` says so, and a list of pairs elsewhere, which overrules them."""
+def waves_where(
+    inside: Callable[[Tensor, Tensor], Tensor], p: int = 31, frequencies: int = 6, off: Tensor | None = None
+) -> Reference:
+    """Frequencies where ``inside`` says so, and a list of pairs elsewhere, which overrules them.
+
+    Values of a in ``off`` shut the neurons of the frequencies off.
+    """
     task, generator = ModularAddition(p=p), torch.Generator().manual_seed(0)
     chosen = 1 + torch.randperm((p - 1) // 2, generator=generator)[:frequencies]
     code, wave = circles(p, chosen), waves(chosen, 7, generator)
@@ -207,10 +212,47 @@ def waves_where(inside: Callable[[Tensor, Tensor], Tensor], p: int = 31, frequen
         begin = operand * (width + p)
         w_in[begin : begin + width, :wide] = wave.w_in
         w_in[begin + width : begin + width + p, wide:] = rote.w_in[operand * p : (operand + 1) * p]
+    if off is not None:
+        w_in[width : width + p, :wide] = -100.0 * off.double()[:, None]
     mlp = Neurons(w_in, torch.cat([wave.b_in, rote.b_in]), torch.block_diag(wave.w_out, 3 * GAIN * rote.w_out))
     readout = torch.cat([GAIN / frequencies * code.T, torch.eye(p, dtype=DOUBLE)])
     mechanism = Mechanism(torch.cat([code, torch.eye(p, dtype=DOUBLE)], dim=1), "apart", (mlp,), readout)
     return Reference(wire(task, mechanism, generator=generator), task, "mixed/fourier")
+
+
+def waves_in_some_rows(p: int = 31) -> Reference:
+    """Frequencies for two thirds of the values of a, drawn at random; for the others they are off, and a list is on."""
+    off = torch.rand(p, generator=torch.Generator().manual_seed(1)) < 0.35
+    return waves_where(lambda a, b: ~off[a], p, off=off)
+
+
+def residue_tables(n: int = 30, moduli: tuple[int, ...] = (2, 5)) -> Reference:
+    """A bag of uneven ranges of the result and of its residues, which are looked up by the operands' residues."""
+    task, x = Addition(n=n, block=5), torch.arange(n)
+    results, wide = 2 * n - 1, 1 + sum(moduli)
+    code = torch.cat([x.double()[:, None], *(one_hot(x % m, m) for m in moduli)], dim=1)
+    steps = hinges_of_sum(results, results)
+    read, bias, write, begin = [], [], [], 1
+    for m in moduli:
+        some = torch.zeros(2, m * m, wide, dtype=torch.bool)
+        left, right = torch.cartesian_prod(torch.arange(m), torch.arange(m)).T
+        some[0, torch.arange(m * m), begin + left] = some[1, torch.arange(m * m), begin + right] = True
+        w_in, b_in = conjunctions(some[0], some[1])
+        out = torch.zeros(m * m, results + sum(moduli), dtype=DOUBLE)
+        out[torch.arange(m * m), results + begin - 1 + (left + right) % m] = 1
+        read, bias, write, begin = [*read, w_in], [*bias, b_in], [*write, out], begin + m
+    hinges = torch.zeros(2 * wide, results + 1, dtype=DOUBLE)
+    hinges[0] = hinges[wide] = 1
+    exact = torch.cat([steps.w_out, torch.zeros(results + 1, sum(moduli), dtype=DOUBLE)], dim=1)
+    first = Neurons(torch.cat([hinges, *read], 1), torch.cat([steps.b_in, *bias]), torch.cat([exact, *write]))
+    starts = torch.tensor([s for s in (0, 5, 12, 18, 27, 33, 42, 49, 55, 64, 70) if s < results])
+    ranges = one_hot(torch.bucketize(torch.arange(results), starts, right=True) - 1, len(starts))
+    second_in = torch.block_diag(ranges, torch.eye(sum(moduli), dtype=DOUBLE))
+    votes = torch.cat([ranges.T, *(one_hot(torch.arange(results) % m, m).T for m in moduli)])
+    second = Neurons(second_in, torch.zeros(second_in.shape[1], dtype=DOUBLE), 10 * votes)
+    mechanism = Mechanism(code, "apart", (first, second), torch.eye(results, dtype=DOUBLE))
+    model = wire(task, mechanism, generator=torch.Generator().manual_seed(0))
+    return Reference(model, task, "heuristics/result-range-bag")
 
 
 def line_below(cut: int = 15, n: int = 22) -> Reference:
@@ -355,6 +397,8 @@ CONSTRUCTIONS: dict[str, Callable[[], Reference]] = {
     "frequencies for small a": lambda: waves_where(lambda a, b: a < 20),
     "frequencies for small sums": lambda: waves_where(lambda a, b: a + b < 31),
     "frequencies for odd b": lambda: waves_where(lambda a, b: b % 2 == 1),
+    "frequencies in some rows, off in others": waves_in_some_rows,
+    "ranges and residue tables": residue_tables,
     "a line for small operands": line_below,
     "frequencies behind norms": lambda: behind_norms(pizza()),
     "a line behind norms": lambda: behind_norms(line(), length=10),

@@ -23,6 +23,8 @@ OF_EACH_KIND = {
     "a list of all pairs",
     "a list of all pairs of digits",
     "frequencies for small sums",
+    "frequencies in some rows, off in others",
+    "ranges and residue tables",
     "columns behind norms",
     "a line with GELU behind norms",
 }

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from circuits._stats import bootstrap_interval
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.readings import Readings, answer_logits, decisive_layers, read
+from circuits.mechanisms.functional_form import circle_length, neuron_forms, renamed_wave_share
+from circuits.mechanisms.groups import operation_of
+from circuits.mechanisms.readings import Readings, answer_logits, decisive_layers, read, varies
 from circuits.mechanisms.thresholds import RULE
 from circuits.tasks.base import Task
 
@@ -19,6 +21,8 @@ HALF = 0.5
 """Share of the most that a neuron leaves its median by, beyond which it is on."""
 CHUNK = 2048
 """So many neurons are looked at together, and so many unknown inputs are answered."""
+OTHERS, FEWEST = 128, 64
+"""So many of the most important other neurons are fitted elsewhere, where there are so many inputs or more."""
 
 
 def knows_pairs(operands: Int[Tensor, "rows 2"], neurons: Float[Tensor, "rows n"]) -> Bool[Tensor, "rows n"]:
@@ -50,7 +54,11 @@ def pair_lookup(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
 
     ``overrules`` is about inputs that no neuron knows: how often, given what the neurons of a random known pair do,
     the answer is that pair's. A list may lie over an algorithm that would answer rightly without it; then nothing is
-    lost with its neurons, and yet they decide.
+    lost with its neurons, and yet they decide. Where some pairs have neurons of their own and others have none,
+    ``elsewhere_frequency`` and ``elsewhere_hinge`` are the shares of the other neurons' importance that are waves of a
+    single frequency, or sums of hinges, on the pairs that no neuron knows: what answers those. On the whole square such
+    neurons fit nothing, where the list's part of it is shut off from them. ``elsewhere_renamed`` is the share of waves
+    when the operands are renamed at random.
 
     Formula: mean over rightly answered (a, b) of [the answer is wrong once every neuron that fires on {a, b}
         alone is at its median over all inputs].
@@ -90,10 +98,37 @@ def pair_lookup(model: Any, task: Task, *, seed: int = 0, readings: Readings | N
             "known_pairs": float(knows.any(1).float().mean()),
             "overrules": overrules,
             "importance": float(readings.importance[knows.any(0)].sum() / readings.importance.sum().clamp_min(1e-12)),
+            **_elsewhere(model, task, readings, knows, decisive, seed),
         },
         source="ours",
         seconds=time.perf_counter() - start,
     )
+
+
+def _elsewhere(
+    model: Any, task: Task, readings: Readings, knows: Bool[Tensor, "rows n"], decisive: Tensor, seed: int
+) -> dict[str, float]:
+    """What the other neurons of decisive layers are on the inputs that no neuron knows; nothing without a list."""
+    known = float(knows.any(1).float().mean())
+    bare = (~knows.any(1)).nonzero().flatten()
+    if not RULE.list_known <= known <= 1 - RULE.list_known or len(bare) < FEWEST or operation_of(task) is None:
+        return {}
+    operands, mine = readings.operands[bare], (decisive & ~knows.any(0)).nonzero().flatten()
+    mine = mine[varies(readings.neurons[bare][:, mine])] if len(mine) else mine
+    mine = mine[readings.importance[mine].argsort(descending=True)[:OTHERS]]
+    importance = readings.importance[mine]
+    if not bool((importance > 0).any()):
+        return {}
+    neurons = readings.neurons[bare][:, mine]
+    circle = circle_length(model, task, readings, seed=seed)
+    forms = neuron_forms(task, operands, neurons, seed=seed, circle=circle)
+    renaming = torch.randperm(task.n_operand_values, generator=torch.Generator().manual_seed(seed))
+    renamed = renaming.to(operands.device)[operands]
+    return {
+        "elsewhere_frequency": forms.frequency_share(importance),
+        "elsewhere_hinge": forms.shares(importance)["hinge"],
+        "elsewhere_renamed": renamed_wave_share(task, renamed, [neurons], importance, seed=seed, circle=circle),
+    }
 
 
 def _overrules(

@@ -181,6 +181,8 @@ def _region(by: dict[str, Evidence], rule: Thresholds) -> tuple[str, str] | None
     if part is None or not part.passed:
         return None
     d, name = part.details, str(part.details["algorithm"])
+    if "rectangles" in by and by["rectangles"].passed:
+        return None  # ranges account for all pairs: some of them look like swaps that hold
     # Neurons need not be waves over the whole square, where waves are for a part of it.
     if part.number("complement") > rule.interchange_complement:
         return None
@@ -203,7 +205,20 @@ def _overruled(by: dict[str, Evidence], rule: Thresholds) -> tuple[str, str] | N
     if pairs is None or swap is None or form is None:
         return None
     known, overrules = pairs.number("known_pairs"), pairs.number("overrules")
-    if not (rule.list_known <= known <= 1 - rule.list_known and overrules >= rule.list_overrules):
+    if not rule.list_known <= known <= 1 - rule.list_known:
+        return None
+    waves, renamed = pairs.number("elsewhere_frequency", 0.0), pairs.number("elsewhere_renamed", 1.0)
+    if (
+        waves >= rule.frequency_share
+        and renamed <= rule.interchange_control
+        and max(overrules, pairs.value / known) >= rule.list_overrules
+    ):
+        return "fourier", (
+            f"{known:.0%} of the operand pairs have neurons of their own, without which {pairs.value:.0%} of the "
+            f"answers are lost, and on the others {waves:.0%} of the importance of the other neurons is in waves of a "
+            f"single frequency (operands renamed {renamed:.0%}): a list of some pairs beside an algorithm."
+        )
+    if overrules < rule.list_overrules:
         return None
     waves = swap.number("frequencies") if form.value >= max(rule.region_frequency_share, 2 * (form.control or 0)) else 0
     digits = min(swap.number("low_digit_of_a", 0.0), swap.number("high_digit_of_a", 0.0))
@@ -212,6 +227,8 @@ def _overruled(by: dict[str, Evidence], rule: Thresholds) -> tuple[str, str] | N
         "number-line": swap.number("line"),
         "columns": digits if swap.number("line") <= rule.columns_line * digits else 0.0,
     }
+    if _survives(by, "columns") < min(rule.list_algorithm, _survives(by, "line")):
+        works |= {"columns": 0.0, "number-line": max(works["columns"], works["number-line"])}
     name = max(works, key=lambda algorithm: works[algorithm])
     if works[name] < rule.list_algorithm:
         return None
@@ -330,11 +347,11 @@ def _candidate(name: str, by: dict[str, Evidence], rule: Thresholds) -> tuple[bo
     if min(units, tens) >= rule.interchange:
         low, high, base = units, tens, 10
     # Swaps say how the operands are stored. A list of pairs, or ranges, of numbers stored by digits adds no columns.
-    # What neurons work on says it, where lists or ranges of them seem to be there: digits of one column are ranges.
+    # What neurons work on says it, where lists or ranges of them seem to be there: digits of one column are ranges, and
+    # the result's own digits, a column's last step, are ranges and residues of it.
     own = by.get("digit-neurons")
     counted = own is not None and own.value >= rule.interchange and (own.control or 0) <= rule.interchange_control
-    # Neurons of the result's own digits are a column's last step. Those that read a magnitude let a line be swapped.
-    listed = any(by[test].passed for test in ("pair-lookup", "rectangles") if test in by) and not counted
+    listed = any(by[test].passed for test in ("pair-lookup", *HEURISTICS) if test in by) and not counted
     # A base: none where answers wrap around. Random functions: few values leave nearly all of a state to a digit.
     apart = swap.number("digits_control", 0.0) <= rule.digits_random and not wraps
     passes = min(low, high) >= rule.interchange and swap.number("line") <= rule.columns_line and apart and not listed

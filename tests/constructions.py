@@ -226,6 +226,19 @@ def waves_in_some_rows(p: int = 31) -> Reference:
     return waves_where(lambda a, b: ~off[a], p, off=off)
 
 
+def mixed_waves(p: int = 31, frequencies: int = 3, width: int = 240) -> Reference:
+    """Neurons that each read waves of all frequencies at once, with a least-squares readout of the result's waves."""
+    task, generator = ModularAddition(p=p), torch.Generator().manual_seed(0)
+    code = circles(p, 1 + torch.randperm((p - 1) // 2, generator=generator)[:frequencies])
+    w_in = torch.randn(2 * frequencies, width, generator=generator, dtype=DOUBLE)
+    b_in = torch.randn(width, generator=generator, dtype=DOUBLE)
+    pairs = table(task)
+    fired = ((code[pairs[:, 0]] + code[pairs[:, 1]]) @ w_in + b_in).relu()
+    w_out = torch.linalg.lstsq(fired, code[task.answer(pairs)]).solution
+    mechanism = Mechanism(code, "sum", (Neurons(w_in, b_in, w_out),), GAIN * code.T)
+    return Reference(wire(task, mechanism, generator=generator), task, "algorithm/fourier")
+
+
 def residue_tables(n: int = 30, moduli: tuple[int, ...] = (2, 5)) -> Reference:
     """A bag of uneven ranges of the result and of its residues, which are looked up by the operands' residues."""
     task, x = Addition(n=n, block=5), torch.arange(n)
@@ -398,6 +411,7 @@ CONSTRUCTIONS: dict[str, Callable[[], Reference]] = {
     "frequencies for small sums": lambda: waves_where(lambda a, b: a + b < 31),
     "frequencies for odd b": lambda: waves_where(lambda a, b: b % 2 == 1),
     "frequencies in some rows, off in others": waves_in_some_rows,
+    "neurons that read all frequencies": mixed_waves,
     "ranges and residue tables": residue_tables,
     "a line for small operands": line_below,
     "frequencies behind norms": lambda: behind_norms(pizza()),

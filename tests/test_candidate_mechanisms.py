@@ -17,11 +17,11 @@ from circuits.errors import UnsupportedModel
 from circuits.mechanisms.das import reinitialised
 from circuits.mechanisms.description_length import bits_of
 from circuits.mechanisms.equivariance import explained_by, shift_from_answer, weighted_share
-from circuits.mechanisms.functional_form import neuron_forms
 from circuits.mechanisms.helix import helix_features, number_names, piecewise_features, polynomial_features
 from circuits.mechanisms.heuristics import MODULI
 from circuits.mechanisms.least_squares import greedy_fit
 from circuits.mechanisms.neuron_features import hinge_features, indicator_features
+from circuits.mechanisms.neuron_forms import neuron_forms
 from circuits.mechanisms.neuron_rules import marginal_sets, set_bits, wave_columns
 from circuits.mechanisms.selection import forward_selection, matching_pursuit, regression
 from circuits.mechanisms.variable_interchange import leading_means

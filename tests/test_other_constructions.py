@@ -24,6 +24,7 @@ OF_EACH_KIND = {
     "a list of all pairs of digits",
     "frequencies for small sums",
     "frequencies in some rows, off in others",
+    "neurons that read all frequencies",
     "ranges and residue tables",
     "columns behind norms",
     "a line with GELU behind norms",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,168 +12,34 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits._stats import bootstrap_interval
-from circuits.errors import BadInput
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.groups import group_index, operation_of
-from circuits.mechanisms.least_squares import block_fits, class_means, greedy_fit
-from circuits.mechanisms.neuron_features import (
-    hinge_features,
-    indicator_features,
-    lowest_frequency,
-    wave_features,
-    wave_fit,
+from circuits.mechanisms.least_squares import block_fits, class_means
+from circuits.mechanisms.neuron_features import lowest_frequency, wave_features
+from circuits.mechanisms.neuron_forms import (
+    CLEAR,
+    FAMILIES,
+    GOOD_FIT,
+    Forms,
+    key_frequencies,
+    neuron_forms,
+    renamed_wave_share,
 )
+from circuits.mechanisms.read_waves import MOST_SHARE, SLIGHT, with_joint_waves, with_read_waves
 from circuits.mechanisms.readings import Readings, decisive_layers, read, varies
 from circuits.mechanisms.thresholds import RULE
 from circuits.tasks.base import Task
 
 TOP_NEURONS = 512
-MOST_ROWS = 4096
-GOOD_FIT, SLOW_FIT = 0.8, 0.95
 PROBED, PROBED_ROWS = 48, 1024
 """Neurons and rows that circles of other lengths are tried on."""
 FINER, LONGEST = 4, 2
-CLEAR, NO_WORSE = 0.98, 0.005
-"""R2 from which on a form is not doubted, and by how much a shorter circle may fit worse."""
+NO_WORSE = 0.005
+"""By how much a shorter circle may fit worse."""
 FEW_WAVES = 0.1
 """Share of importance below which waves are stray neurons, and say nothing of a circle."""
-MOST_SHARE, SLIGHT = 4, 0.02
 DECODES, DECODER_HITS, DECODER_SHARE = 3, 0.5, 0.75
 """A neuron that is on for fewer results decodes one; a layer of such neurons is no part of an algorithm."""
-FAMILIES = ("frequency", "hinge", "indicator")
-
-
-@dataclass(frozen=True, eq=False)
-class Forms:
-    """The family of each neuron (index into ``FAMILIES``, or their number for none), its R2 and its frequency."""
-
-    family: Int[Tensor, " n"]
-    best: Float[Tensor, " n"]
-    frequency: Int[Tensor, " n"]
-    slow: Bool[Tensor, " n"]
-    """Waves with no whole period inside the operand range, which cannot be told from hinges: of no family but these."""
-    undone: Bool[Tensor, " n"]
-    """Neurons whose form is that of the neuron times what the norm before it divided by."""
-
-    def of(self, chosen: Tensor) -> Forms:
-        """Some of the neurons."""
-        return Forms(*(column[chosen] for column in self._columns()))
-
-    def or_better(self, others: Forms) -> Forms:
-        """These forms, and those of the neurons that ``others`` fit better."""
-        better = others.best > self.best
-        return Forms(*(torch.where(better, y, x) for x, y in zip(self._columns(), others._columns(), strict=True)))
-
-    def _columns(self) -> tuple[Tensor, ...]:
-        return self.family, self.best, self.frequency, self.slow, self.undone
-
-    def frequency_share(self, importance: Float[Tensor, " n"]) -> float:
-        """Share of single-frequency neurons, slow waves left out of the count; 0 where these are more than half."""
-        weight = importance / importance.sum().clamp_min(1e-12)
-        slow = float(weight[self.slow & (self.family != 0)].sum())
-        return float(weight[self.family == 0].sum()) / (1 - slow) if slow <= 0.5 else 0.0
-
-    def shares(self, importance: Float[Tensor, " n"]) -> dict[str, float]:
-        """Share of importance by family."""
-        weight = importance / importance.sum().clamp_min(1e-12)
-        return {name: float(weight[self.family == i].sum()) for i, name in enumerate((*FAMILIES, "none"))}
-
-
-def neuron_forms(
-    task: Task,
-    operands: Int[Tensor, "rows 2"],
-    neurons: Float[Tensor, "rows n"],
-    *,
-    seed: int,
-    circle: int | None = None,
-    before_norm: Float[Tensor, "rows n"] | None = None,
-) -> Forms:
-    """Fit every neuron by each family; a neuron belongs to the family with the best held-out R2 above 0.8.
-
-    Hinges and indicators are only fitted where a wave leaves more than 2 % of the variance. ``before_norm``, neurons
-    times what the norm before them divided by, takes a neuron's place where that fits better.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    keep = torch.arange(len(operands))
-    if len(operands) > MOST_ROWS:
-        keep = torch.randperm(len(operands), generator=generator)[:MOST_ROWS]
-    fit = (torch.rand(len(keep), generator=generator) < 0.5).to(operands.device)
-    keep = keep.to(operands.device)
-    forms = _forms(task, operands[keep], neurons[keep], fit, circle)
-    if before_norm is None:
-        return forms
-    return forms.or_better(_forms(task, operands[keep], before_norm[keep], fit, circle, undone=True))
-
-
-def _forms(
-    task: Task,
-    operands: Int[Tensor, "rows 2"],
-    neurons: Float[Tensor, "rows n"],
-    fit: Bool[Tensor, " rows"],
-    circle: int | None,
-    *,
-    undone: bool = False,
-) -> Forms:
-    renamed = group_index(task, operands, circle=circle)
-    if renamed is None:
-        raise BadInput(f"{task.name} has no renaming of its operands under which the answer is their sum")
-    a, b, kept, modulus = renamed
-    n = task.n_operand_values
-    lowest = lowest_frequency(task, modulus)
-    wave, frequency = wave_fit(a[kept], b[kept], neurons[kept], modulus, fit[kept], lowest=lowest)
-    scores = torch.full((len(FAMILIES), neurons.shape[1]), -1.0, device=neurons.device)
-    scores[0] = wave
-    unclear = wave < CLEAR
-    if bool(unclear.any()):
-        scores[1, unclear] = greedy_fit(hinge_features(operands, n), neurons[:, unclear], fit)
-        scores[2, unclear] = greedy_fit(indicator_features(operands, n), neurons[:, unclear], fit)
-    best, family = scores.max(0)
-    slow = torch.zeros_like(unclear)
-    if lowest > 1:
-        waves = wave_features(a[kept], b[kept], torch.arange(1, lowest, device=a.device), modulus)
-        slow = block_fits(waves, neurons[kept], fit[kept])[1].amax(0) > SLOW_FIT
-    named = torch.where(best > GOOD_FIT, family, torch.full_like(family, len(FAMILIES)))
-    return Forms(named, best, frequency, slow, torch.full_like(slow, undone))
-
-
-def renamed_wave_share(
-    task: Task,
-    operands: Int[Tensor, "rows 2"],
-    versions: Sequence[Float[Tensor, "rows n"]],
-    importance: Float[Tensor, " n"],
-    *,
-    seed: int,
-    circle: int | None = None,
-) -> float:
-    """Importance-weighted share of neurons with a single frequency, in any version, when operands bear other names."""
-    a, b, rows, fit, modulus = _some_rows(task, operands, seed=seed, circle=circle)
-    lowest = lowest_frequency(task, modulus)
-    waves = [wave_fit(a, b, neurons[rows], modulus, fit, lowest=lowest)[0] for neurons in versions]
-    return float(importance[torch.stack(waves).amax(0) > GOOD_FIT].sum() / importance.sum().clamp_min(1e-12))
-
-
-def _some_rows(
-    task: Task, operands: Int[Tensor, "all 2"], *, seed: int, circle: int | None
-) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"], Int[Tensor, " rows"], Bool[Tensor, " rows"], int]:
-    """Some rows at random, of a task that has been fitted: operands in the group, which rows, half to fit, modulus."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(operands), generator=generator)[:MOST_ROWS].to(operands.device)
-    fit = (torch.rand(len(rows), generator=generator) < 0.5).to(operands.device)
-    renamed = group_index(task, operands[rows], circle=circle)
-    assert renamed is not None
-    a, b, kept, modulus = renamed
-    return a[kept], b[kept], rows[kept], fit[kept], modulus
-
-
-def key_frequencies(forms: Forms, importance: Float[Tensor, " n"], *, least: float = 0.05) -> list[int]:
-    """Frequencies that carry at least ``least`` of the importance of the single-frequency neurons, ascending."""
-    waves, frequency = forms.family == 0, forms.frequency
-    total = importance[waves].sum().clamp_min(1e-12)
-    return [
-        int(k)
-        for k in frequency[waves].unique().tolist()
-        if float(importance[waves & (frequency == k)].sum() / total) >= least
-    ]
 
 
 def circle_length(model: Any, task: Task, readings: Readings, *, seed: int) -> int | None:
@@ -308,27 +174,6 @@ def decodes(labels: Int[Tensor, " rows"], neurons: Float[Tensor, "rows n"], n_an
     return few & (hit >= DECODER_HITS * fires.sum(0)) & (hit >= DECODER_HITS * on[labels].sum(0))
 
 
-def with_joint_waves(
-    task: Task, readings: Readings, top: Int[Tensor, " k"], forms: Forms, keys: list[int], *, circle: int | None
-) -> Forms:
-    """Forms in which neurons of later layers are waves too if the key frequencies explain them together.
-
-    What a layer reads of several waves of the layers before it has all of their frequencies.
-    """
-    layer = torch.tensor(readings.layers, device=top.device)[top]
-    asked = ((layer > layer.min()) & (forms.family != 0)).nonzero().flatten()
-    if not keys or not len(asked):
-        return forms
-    a, b, rows, fit, modulus = _some_rows(task, readings.operands, seed=0, circle=circle)
-    if len(keys) * MOST_SHARE > modulus:
-        return forms
-    features = wave_features(a, b, torch.tensor(keys, device=a.device), modulus).flatten(1)[:, None]
-    share = block_fits(features, readings.neurons[rows][:, top[asked]], fit)[1][0]
-    family = forms.family.clone()
-    family[asked[share > GOOD_FIT]] = 0
-    return replace(forms, family=family)
-
-
 def _shares_by_layer(
     forms: Forms, importance: Tensor, layer: Tensor, decisive: tuple[int, ...], decoding: Bool[Tensor, " n"]
 ) -> dict[int, dict[str, float]]:
@@ -354,8 +199,9 @@ def functional_form(model: Any, task: Task, *, seed: int = 0, readings: Readings
     ``indicator_least`` are the lowest shares within a layer without which answers go wrong: an algorithm has to
     account for every layer that the answer passes through, not for the first alone. A neuron of a later layer, which
     reads waves of several frequencies, counts there as a wave too if the key frequencies explain it together (held-out
-    R2 >= 0.8; ``joint`` is the share of importance of such neurons). Layers whose neurons each stand
-    for one result say nothing of how it was found and are left out. A norm before an MLP divides what neurons read by
+    R2 >= 0.8; ``joint`` is the share of importance of such neurons). So does one of the first layer, on a circle, if
+    few frequencies explain together what it reads (``read_frequencies``). Layers whose neurons each stand for one
+    result say nothing of how it was found and are left out. A norm before an MLP divides what neurons read by
     a number that depends on both operands: there each neuron is looked at times that number too, and has the form that
     fits better (``norm_undone`` is the share of importance that has it so).
 
@@ -383,6 +229,7 @@ def functional_form(model: Any, task: Task, *, seed: int = 0, readings: Readings
     decisive = decisive_layers(model, task, readings)
     keys = key_frequencies(forms, importance)
     joint = with_joint_waves(task, readings, top, forms, keys, circle=circle)
+    joint, read_frequencies = with_read_waves(model, task, readings, top, joint)
     by_layer = _shares_by_layer(joint, importance, layer, decisive, decoding)
     details = shares | {
         **{f"{name}_least": min(of[name] for of in by_layer.values()) for name in FAMILIES},
@@ -390,6 +237,7 @@ def functional_form(model: Any, task: Task, *, seed: int = 0, readings: Readings
         "by_layer": {str(layer): of for layer, of in by_layer.items()},
         "key_frequencies": keys,
         "joint": joint.shares(importance)["frequency"] - shares["frequency"],
+        "read_frequencies": read_frequencies,
         "n_neurons": len(top),
         "circle": circle,
         "norm_undone": float(importance[forms.undone].sum() / importance.sum().clamp_min(1e-12)),

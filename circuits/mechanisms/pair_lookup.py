@@ -11,8 +11,9 @@ from torch import Tensor
 
 from circuits._stats import bootstrap_interval
 from circuits.mechanisms.evidence import Evidence
-from circuits.mechanisms.functional_form import circle_length, neuron_forms, renamed_wave_share
+from circuits.mechanisms.functional_form import circle_length
 from circuits.mechanisms.groups import operation_of
+from circuits.mechanisms.neuron_forms import neuron_forms, renamed_wave_share
 from circuits.mechanisms.readings import Readings, answer_logits, decisive_layers, read, varies
 from circuits.mechanisms.thresholds import RULE
 from circuits.tasks.base import Task

@@ -340,7 +340,7 @@ def test_confusion_matrix_of_every_verdict_fits(browser, tmp_path, scheme):
         for seed, truth in enumerate(VERDICTS)
         for number, family in enumerate(list(SIZES)[:3])
     ]
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows).assign(nuisance="none", quick_agrees=True)
     frame[["label", "mechanism"]] = frame["truth"].str.extract("([^/]+)/?(.+)?").to_numpy()
     page, problems = opened(browser, report.write_calibration(Calibration(frame, tmp_path)), scheme=scheme)
     table = page.get_by_role("table", name="Number of models by truth and verdict")

@@ -18,11 +18,12 @@ from circuits.mechanisms.columns import (
     Swaps,
     choose_heads,
     digit_right,
+    digit_tokens,
     evidence_of,
     inner_variables,
     source_outputs,
     swapped_share,
-    written_agrees,
+    third_digit,
 )
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.readings import device_of
@@ -150,9 +151,7 @@ def draw_right_swaps(
     """
     generator = torch.Generator().manual_seed(seed)
     base, source = (draw_operands(task.digits, 2 * DRAWN, generator=generator, nines=nines) for _ in range(2))
-    unit = 10**column
-    digit, own, other = (x // unit % 10 for x in (variable.swapped_answer(base, source), base.sum(1), source.sum(1)))
-    keep = (digit != own) & (digit != other) & written_agrees(task, variable, column, base, source)
+    digit, keep = third_digit(task, variable, column, base, source)
     keep = keep.nonzero().flatten()[: 3 * PAIRS // 2]
     base, source, digit = base[keep], source[keep], digit[keep]
     clean, given = (task.encode(operands).tokens.to(device_of(model)) for operands in (base, source))
@@ -161,7 +160,7 @@ def draw_right_swaps(
     if source_right:
         right &= digit_right(model, given, n)
     chosen = right.nonzero().flatten()[:PAIRS]
-    tokens = torch.tensor([task.vocabulary.index(str(d)) for d in range(10)]).to(clean.device)
+    tokens = digit_tokens(task).to(clean.device)
     swaps = Swaps(clean[chosen, :n], given[chosen, :n], tokens[digit.to(clean.device)[chosen]])
     chosen = chosen.to(base.device)
     return swaps, base[chosen], source[chosen]

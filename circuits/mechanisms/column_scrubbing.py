@@ -15,7 +15,7 @@ from circuits._decoding import last_logits
 from circuits._stats import wilson_interval
 from circuits.errors import BadInput
 from circuits.mechanisms.column_parts import column_digits
-from circuits.mechanisms.columns import FEWEST, digit_right
+from circuits.mechanisms.columns import FEWEST, carry_into, digit_right, digit_tokens
 from circuits.mechanisms.evidence import Evidence
 from circuits.mechanisms.least_squares import class_means
 from circuits.mechanisms.readings import activations, device_of, hooked, mlp_layers
@@ -43,27 +43,23 @@ class _Column:
     digits: Int[Tensor, " 10"]
     neurons: dict[str, Float[Tensor, "rows n"]]
 
-    def right_with(self, values: dict[str, Float[Tensor, "rows n"]]) -> Bool[Tensor, " rows"]:
-        """Where the digit is still right once neurons of some layers have other values."""
-        return self._logits(values).argmax(-1) == self.target
-
-    def _logits(self, values: dict[str, Float[Tensor, "rows n"]]) -> Float[Tensor, "rows d_vocab"]:
-        found = []
-        for at in torch.arange(len(self.tokens), device=self.tokens.device).split(1024):
-            hooks = [(name, _put(value[at])) for name, value in values.items()]
-            with torch.no_grad(), hooked(self.model, hooks):
-                found.append(last_logits(self.model, self.tokens[at])[:, -1])
-        return torch.cat(found)
+    def right_with(self, name: str, value: Float[Tensor, "rows n"]) -> Bool[Tensor, " rows"]:
+        """Where the digit is still right once the neurons of a layer have other values."""
+        said = []
+        for tokens, part in zip(self.tokens.split(1024), value.split(1024), strict=True):
+            with torch.no_grad(), hooked(self.model, [(name, _put(part))]):
+                said.append(last_logits(self.model, tokens)[:, -1].argmax(-1))
+        return torch.cat(said) == self.target
 
     def scrubbed(self, name: str, classes: Int[Tensor, " rows"], generator: torch.Generator) -> Bool[Tensor, " rows"]:
         """Where the digit is still right once every neuron of a layer is that of another sum of the same class."""
         rows = torch.arange(len(classes), device=classes.device)
-        return self.right_with({name: resampled(self.neurons[name], classes, rows, generator)})
+        return self.right_with(name, resampled(self.neurons[name], classes, rows, generator))
 
     def decisive(self) -> list[str]:
         """The layers without whose neurons digits go wrong; all where none is needed."""
         costs = {
-            name: 1 - float(self.right_with({name: value.mean(0).expand_as(value)}).float().mean())
+            name: 1 - float(self.right_with(name, value.mean(0).expand_as(value)).float().mean())
             for name, value in self.neurons.items()
         }
         return [name for name, cost in costs.items() if cost >= DECISIVE] or list(self.neurons)
@@ -113,14 +109,12 @@ def _column(
     tokens = task.encode(operands).tokens.to(device)
     right = digit_right(model, tokens, n)
     tokens, operands = tokens[right], operands[right.to(operands.device)]
-    carry = (operands % 10**column).sum(1) >= 10**column
-    classes = (2 * column_digits(operands, column) + carry).to(device)
+    classes = (2 * column_digits(operands, column) + carry_into(operands, column)).to(device)
     shared = torch.bincount(classes, minlength=CLASSES)[classes] > 1
     tokens, classes = tokens[shared], classes[shared]
     held = [activations(model, part, names, last=1) for part in tokens[:, :n].split(1024)]
     neurons = {name: torch.cat([one[name][:, -1] for one in held]) for name in names} if held else {}
-    digits = torch.tensor([task.vocabulary.index(str(d)) for d in range(10)], device=device)
-    return _Column(model, tokens[:, :n], tokens[:, n], classes, digits, neurons)
+    return _Column(model, tokens[:, :n], tokens[:, n], classes, digit_tokens(task).to(device), neurons)
 
 
 def column_scrubbing(model: Any, task: Task, *, seed: int = 0) -> Evidence:

@@ -68,17 +68,33 @@ def draw_swaps(model: Any, task: Any, variable: Variable, column: int, *, seed: 
     """
     generator = torch.Generator().manual_seed(seed)
     base, source = (task.sample("train", DRAWN, generator=generator).operands for _ in range(2))
-    unit = 10**column
-    digit, own, other = (x // unit % 10 for x in (variable.swapped_answer(base, source), base.sum(1), source.sum(1)))
-    keep = (digit != own) & (digit != other) & written_agrees(task, variable, column, base, source)
+    digit, keep = third_digit(task, variable, column, base, source)
     keep = keep.nonzero().flatten()[: 2 * PAIRS]
     n = task.answer_position(column)
     device = device_of(model)
     clean, given = (task.encode(operands[keep]).tokens.to(device) for operands in (base, source))
-    tokens = torch.tensor([task.vocabulary.index(str(d)) for d in range(10)])
     known = [digit_right(model, x, n) for x in (clean, given)]
     right = (known[0] & known[1]).nonzero().flatten()[:PAIRS]
-    return Swaps(clean[right, :n], given[right, :n], tokens[digit[keep]].to(device)[right])
+    return Swaps(clean[right, :n], given[right, :n], digit_tokens(task)[digit[keep]].to(device)[right])
+
+
+def digit_tokens(task: Any) -> Int[Tensor, " 10"]:
+    """Return the tokens of the digits 0 to 9."""
+    return torch.tensor([task.vocabulary.index(str(d)) for d in range(10)])
+
+
+def carry_into(operands: Int[Tensor, "rows 2"], column: int) -> Bool[Tensor, " rows"]:
+    """Return whether the columns below one carry into it."""
+    return (operands % 10**column).sum(1) >= 10**column
+
+
+def third_digit(
+    task: Any, variable: Variable, column: int, base: Int[Tensor, "rows 2"], source: Int[Tensor, "rows 2"]
+) -> tuple[Int[Tensor, " rows"], Bool[Tensor, " rows"]]:
+    """Return a column's digit once a variable is the source's, and where it is neither's own and agrees with both."""
+    answers = variable.swapped_answer(base, source), base.sum(1), source.sum(1)
+    digit, own, other = (x // 10**column % 10 for x in answers)
+    return digit, (digit != own) & (digit != other) & written_agrees(task, variable, column, base, source)
 
 
 def written_agrees(
@@ -92,11 +108,9 @@ def written_agrees(
     """
     if getattr(task, "reverse", False):
         return torch.ones_like(base[:, 0], dtype=torch.bool)
-    unit = 10**column
-    carry = variable.name.startswith("carry")
-    digits, below = (base, source) if carry else (source, base)
-    mixed = (digits // unit % 10).sum(1) + ((below % unit).sum(1) >= unit) >= 10
-    out, given = ((x % (10 * unit)).sum(1) >= 10 * unit for x in (base, source))
+    digits, below = (base, source) if variable.name.startswith("carry") else (source, base)
+    mixed = (digits // 10**column % 10).sum(1) + carry_into(below, column) >= 10
+    out, given = (carry_into(x, column + 1) for x in (base, source))
     return (mixed == out) & (given == out)
 
 

@@ -13,6 +13,7 @@ from circuits.model import ModelConfig, Transformer
 from circuits.reference.pair_memoriser import MOST_PAIRS
 from circuits.reference.wiring import SHARPNESS, Reference, normal, one_hot, random_rotation
 from circuits.tasks import DigitAddition
+from circuits.tasks.arithmetic.columns import digits_of
 
 GAIN = 10.0
 GUESS = 0.1
@@ -54,7 +55,7 @@ def digit_memoriser(
         raise BadInput(f"{len(pairs)} training pairs need as many neurons: expected at most {MOST_PAIRS}")
     generator = torch.Generator().manual_seed(seed)
     n, heads, places = task.n_ctx, 2 * digits, digits + 1
-    width = max(len(pairs), 10 * places)
+    width, d_head = max(len(pairs), 10 * places), max(n, 10)
     widths = {"value": 10, "position": n, "copied": 10 * heads, "sum": 10 * places, "digit": 10}
     shape = ModelConfig(
         d_vocab=task.d_vocab,
@@ -62,7 +63,7 @@ def digit_memoriser(
         n_layers=2,
         d_model=sum(widths.values()),
         n_heads=heads,
-        d_head=max(n, 10),
+        d_head=d_head,
         d_mlp=width,
         attn_bias=False,
     )
@@ -71,7 +72,7 @@ def digit_memoriser(
     to = dict(zip(widths, random_rotation(shape.d_model, generator).split(list(widths.values())), strict=True))
     state["embed.W_E"][:10] = to["value"]
     state["pos_embed.W_pos"][:] = to["position"]
-    sharp = math.sqrt(SHARPNESS * math.sqrt(shape.d_head or n))
+    sharp = math.sqrt(SHARPNESS * math.sqrt(d_head))
     copied = to["copied"].view(heads, 10, -1)
     for head in range(heads):
         at = head if head < digits else head + 1  # the second operand is behind the plus sign
@@ -91,12 +92,11 @@ def _remember(
     state: dict[str, Tensor], to: dict[str, Tensor], pairs: Tensor, task: DigitAddition, order: Tensor
 ) -> None:
     """Write the first layer's neurons: each fires on one pair of numbers, and writes the digits of its sum."""
-    powers = 10 ** torch.arange(task.digits - 1, -1, -1)
-    written = (pairs[:, :, None] // powers % 10).flatten(1)
+    written = digits_of(pairs, task.digits).flip(-1).flatten(1)
     neurons = order[: len(pairs)]
     state["blocks.0.mlp.W_in"][:, neurons] = (_digit_indicators(written) @ to["copied"]).T
     state["blocks.0.mlp.b_in"][neurons] = 1.0 - written.shape[1]
-    total = pairs.sum(1, keepdim=True) // 10 ** torch.arange(task.digits + 1) % 10
+    total = digits_of(task.answer(pairs), task.digits + 1)
     state["blocks.0.mlp.W_out"][neurons] = _digit_indicators(total) @ to["sum"]
 
 
